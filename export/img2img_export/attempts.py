@@ -19,7 +19,7 @@ from img2img_export.convert.models import Loader, Plan
 from img2img_export.errors import ExportError, first_line, may_fall_back
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
-from img2img_export.read.checkpoint import Layout
+from img2img_export.read.checkpoint import DENOISERS, Layout
 from img2img_export.report import SHEET
 from img2img_export.verify import images
 from img2img_export.verify import latent_preview as previews
@@ -97,8 +97,8 @@ def _attempt(
 ) -> Attempt:
     """Carries out `plan` and verifies the result. `reason` is why the previous plan failed, or None."""
     plan = dataclasses.replace(plan, reason=reason or plan.reason)
-    # Only families that the server steps, and of these only UNets, take LoRAs per request.
-    lora_graphs = options.lora_graphs and plan.family != models.WHOLE and "unet" in plan.graphs
+    # Only families that the server steps take LoRAs per request, and only if the denoiser is a graph.
+    lora_graphs = options.lora_graphs and plan.family != models.WHOLE and not set(DENOISERS).isdisjoint(plan.graphs)
     converter = Converter(loader, drawn.calls, dataclasses.replace(options, lora_graphs=lora_graphs), bundle, progress)
     made = {part.component.name: part for component in plan.graphs for part in converter.convert(component)}
     progress.stage("saving the rest of the pipeline" if plan.graphs else "saving the PyTorch pipeline")

@@ -25,6 +25,7 @@ from img2img_export.convert import lora_graph, parts, split_graph
 from img2img_export.convert.calibration import Calibration
 from img2img_export.convert.external_weights import GRAPH_NAME, ExternalWeightsGraph
 from img2img_export.convert.fp32_compute import computing_in_fp32
+from img2img_export.convert.fused_attention import LORA_NAME as LORA_FUSED_ATTENTION
 from img2img_export.convert.fused_attention import NAME as FUSED_ATTENTION
 from img2img_export.convert.fused_attention import write_beside
 from img2img_export.convert.fusion import fuse
@@ -163,9 +164,15 @@ class Converter:
             split_graph.split(self._bundle / name)
         reasons = [written.trouble] if written.trouble else []
         further: dict[str, Any] = {"kept_in_fp32": written.kept}
-        lora, fused_lora = (self._bundle / name / path for path in (LORA_NAME, f"{FUSED}/{LORA_NAME}"))
-        for field, path in (("fused", _fused_graph(self._bundle / name)), ("lora", lora), ("fused_lora", fused_lora)):
-            if not problems and path is not None and path.is_file():
+        folder = self._bundle / name
+        graphs = {
+            "fused": (f"{FUSED}/{GRAPH_NAME}", FUSED_ATTENTION),
+            "lora": (LORA_NAME,),
+            "fused_lora": (f"{FUSED}/{LORA_NAME}", LORA_FUSED_ATTENTION),
+        }
+        for field, files in graphs.items():
+            path = next((folder / file for file in files if (folder / file).is_file()), None)
+            if not problems and path is not None:
                 found, reason = self._compare(written, field, path, precision)
                 parities += found
                 further[field] = path.relative_to(self._bundle).as_posix() if found else ""
@@ -202,19 +209,21 @@ class Converter:
         # int8 weights would differ in scale from those of the plain graph.
         layers = lora_graph.layers_of(module) if self._options.lora_graphs and precision != "int8" else ()
         lora: Part | None = None
+        lora_example: Tensors = {}
         beside: dict[str, ExternalWeightsGraph] = {}
         troubles = []
         with quiet():
             _save_config(module, folder, self._options.precision)
             with computing_in_fp32(module):
                 part, example, cases = described(name, module, calls)
-                compared = lora_cases.lora_cases(part, module, layers, cases[-2:]) if layers else []
+                largest = sorted(cases, key=lambda case: len(next(iter(case.inputs.values()))))[-2:]
+                compared = lora_cases.lora_cases(part, module, layers, largest) if layers else []
             external = _make(module, part, example, precision)
             if layers:
                 lora = lora_graph.adapted(part, layers)
-                rows = len(next(iter(example.values())))
+                lora_example = example | lora_graph.example_inputs(layers, len(next(iter(example.values()))))
                 try:
-                    beside[LORA_NAME] = _make(module, lora, example | lora_graph.example_inputs(layers, rows), precision)
+                    beside[LORA_NAME] = _make(module, lora, lora_example, precision)
                 except ExportError as error:
                     troubles.append(f"no LoRA graph: {error}")
             kept: tuple[str, ...] = ()
@@ -231,6 +240,9 @@ class Converter:
             elif precision != "int8" and name == _TRANSFORMER:
                 with quiet():
                     write_beside(_make(module, part, example, precision, fused_attention=True), folder)
+                    if lora is not None and beside:
+                        fused_lora = _make(module, lora, lora_example, precision, fused_attention=True)
+                        write_beside(fused_lora, folder, LORA_FUSED_ATTENTION)
         except (*FAILURES, ExportError) as error:
             _remove_fused(folder)
             troubles.append(f"no fused graph: {type(error).__name__}: {first_line(error)}")
@@ -297,14 +309,10 @@ def _example(part: Part, module: Any, calls: Calls) -> Tensors:
     return example
 
 
-def _fused_graph(folder: Path) -> Path | None:
-    """The fused graph of the component in `folder`, None if it has none."""
-    return next((path for path in (folder / FUSED / GRAPH_NAME, folder / FUSED_ATTENTION) if path.is_file()), None)
-
-
 def _remove_fused(folder: Path) -> None:
     shutil.rmtree(folder / FUSED, ignore_errors=True)
-    (folder / FUSED_ATTENTION).unlink(missing_ok=True)
+    for file in (FUSED_ATTENTION, LORA_FUSED_ATTENTION):
+        (folder / file).unlink(missing_ok=True)
 
 
 def _make(module: Any, part: Part, example: Tensors, precision: Precision, fused_attention: bool = False) -> ExternalWeightsGraph:

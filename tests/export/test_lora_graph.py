@@ -12,8 +12,9 @@ from img2img_export.build import export_model
 from img2img_export.component import FUSED
 from img2img_export.convert import lora_graph
 from img2img_export.convert.external_weights import DATA_NAME, GRAPH_NAME
+from img2img_export.convert.fused_attention import LORA_NAME as LORA_FUSED_ATTENTION
 from img2img_export.options import ExportOptions
-from img2img_server.bundle.adapters import INDEX, LORA_NAME, RANKS, adapted_layers
+from img2img_server.bundle.adapters import INDEX, LORA_NAME, RANKS, TAPS, adapted_layers
 from img2img_server.bundle.manifest import Component, read_manifest
 from short_exports import cut_short
 
@@ -34,9 +35,34 @@ def test_unets_and_text_encoders_have_verified_lora_graphs(name: str, bundle: Ge
     assert len(graphs) >= 2
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev", "kandinsky22"])
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "klein", "kontext", "qwenimage", "zimage"])
+def test_transformers_have_verified_lora_graphs_with_and_without_fused_attention(name: str, bundle: Get) -> None:
+    """A T5 has none."""
+    manifest = read_manifest(bundle(name))
+    compared = {(part.component, part.graph) for part in manifest.verification.components if "lora" in part.graph}
+    transformer = components(bundle(name))["transformer"]
+    assert transformer.lora == f"transformer/{LORA_NAME}"
+    assert transformer.fused_lora == f"transformer/{LORA_FUSED_ATTENTION}"
+    clips = {"sd3": ("text_encoder", "text_encoder_2"), "flux-dev": ("text_encoder",), "kontext": ("text_encoder",)}
+    wanted = {(clip, "lora") for clip in clips.get(name, ())}
+    assert compared == {("transformer", "lora"), ("transformer", "fused lora"), *wanted}
+
+
+def test_the_convolutions_of_a_unet_are_adapted(bundle: Get) -> None:
+    layers = {layer.name: layer for layer in adapted_layers(inputs_of(bundle("sd1") / "unet" / LORA_NAME))}
+    large = {name for name, layer in layers.items() if layer.taps == TAPS}
+    assert {name.rpartition(".")[2] for name in large} == {"conv1", "conv2", "conv", "conv_in", "conv_out"}
+    assert any(name.endswith("conv_shortcut") for name in layers.keys() - large)
+
+
+@pytest.mark.parametrize("name", ["kandinsky22"])
 def test_other_families_have_no_lora_graphs(name: str, bundle: Get) -> None:
     assert not any(part.lora for part in components(bundle(name)).values())
+
+
+def inputs_of(graph: Path) -> dict[str, list[int | str]]:
+    inputs = onnx.load(str(graph), load_external_data=False).graph.input
+    return {item.name: [axis.dim_param or axis.dim_value for axis in item.type.tensor_type.shape.dim] for item in inputs}
 
 
 def opened(path: Path) -> onnxruntime.InferenceSession:
@@ -68,7 +94,8 @@ def test_rows_without_a_lora_equal_the_plain_graph_bitwise(rank: int, bundle: Ge
             ):
                 values = rng.standard_normal(shape, np.float32) * 0.2
                 values[0] = 0
-                made[name] = np.pad(values, [(0, padded - rank if one == axis else 0) for one in range(3)])
+                added = (padded - rank) * (layer.taps if name == layer.down_input else 1)
+                made[name] = np.pad(values, [(0, added if one == axis else 0) for one in range(3)])
         return made
 
     expected = plain.run(None, feed)[0]

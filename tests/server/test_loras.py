@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import inspect
 import math
 import shutil
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from covering import nightly_but
 from diffusers import AutoPipelineForImage2Image
 from fakes import FakePipeline, make_request
 from img2img.v1 import image_to_image_pb2 as pb
@@ -28,20 +30,26 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.interface import Span
 from img2img_server.engine.request import Completed, Event, Failed, LoraUse, Pipeline, Request, run_alone
 from img2img_server.errors import InvalidField
-from img2img_server.models.registry import ModelRegistry
+from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.lora.adapters import LoraSettings
 from img2img_server.runtime.lora.graph import AdaptedGraph
-from lora_making import Pairs, make, write_diffusers, write_kohya
+from img2img_server.runtime.lora.reading import read_layers
+from lora_making import CONVOLUTIONS, Pairs, make, write_diffusers, write_kohya, write_kohya_flux
 from running import running, store
 from safetensors.torch import load_file, save_file
 
 Get = Callable[[str], Path]
 Loras = tuple[tuple[str, float], ...]
 
-UNET = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+DENOISER = (
+    *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "norm1.linear", "add_k_proj"),
+    *("to_qkv_mlp_proj", "ff.linear_in", "single_stream_modulation.linear"),  # klein
+    *("img_mlp.net.0.proj", "txt_mod.1", "feed_forward.w1", "adaLN_modulation.0"),  # Qwen-Image, Z-Image
+)
+"""Layers of UNets and transformers, as far as each has them."""
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 SETTINGS: dict[str, Any] = {"prompt": "a lake", "strength": 0.8, "num_inference_steps": 4, "guidance_scale": 5.0}
 CALLS = 4
@@ -66,10 +74,23 @@ def small(pairs: Pairs, factor: float) -> Pairs:
 def write_loras(model: Path, folder: Path) -> Path:
     """The LoRAs of MIXES for a model, as several trainers write them."""
     (folder / "folder").mkdir(parents=True)
-    write_diffusers(small(make(model, 1, UNET, (8,)), 0.3), folder / "all.safetensors")
-    write_kohya(small(make(model, 2, UNET + TEXT, (4,)), 0.5), folder / "text.safetensors", lambda module: 2.0)
+    write_diffusers(small(make(model, 1, DENOISER, (8,)), 0.3), folder / "all.safetensors")
     write_diffusers(small(make(model, 3, ("to_q", "to_k"), (24, 48)), 0.2), folder / "large.safetensors")
-    write_kohya(small(make(model, 4, ("to_v",), (1,)), 0.5), folder / "folder" / "one.safetensors", lambda module: 1.0)
+    text = small(make(model, 2, DENOISER + TEXT, (4,)), 0.5)
+    if (model / "unet").is_dir():
+        write_kohya(text, folder / "text.safetensors", lambda module: 2.0)
+        write_kohya(small(make(model, 4, ("to_v",), (1,)), 0.5), folder / "folder" / "one.safetensors", lambda module: 1.0)
+        convolutions = small(make(model, 5, (*CONVOLUTIONS, "conv2", "0.conv", "time_emb_proj", "to_q"), (4, 8)), 0.15)
+        write_kohya(convolutions, folder / "conv.safetensors", lambda module: 4.0)
+        return folder
+    if (model / "text_encoder_3").is_dir():  # diffusers reads no other names for Stable Diffusion 3
+        write_diffusers(text, folder / "text.safetensors")
+    elif (model / "text_encoder_2").is_dir():
+        write_kohya_flux(model, 2, folder / "text.safetensors", 4, 0.4)
+    else:  # no CLIP, and no LoRA for its texts
+        write_diffusers(small(make(model, 2, DENOISER, (4,)), 0.4), folder / "text.safetensors")
+    last = small(make(model, 4, ("to_v", "proj_out", "all_final_layer.2-1.linear"), (1,)), 0.7)
+    write_diffusers(last, folder / "folder" / "one.safetensors")
     return folder
 
 
@@ -135,7 +156,9 @@ def oracle(tiny_model: Get, loras: Get) -> Callable[[str, Loras, int], np.ndarra
         else:
             pipe.disable_lora()
         generator = torch.Generator().manual_seed(seed)
-        return np.asarray(pipe(image=sample_image(64, 64), generator=generator, **SETTINGS).images[0], int)
+        known = inspect.signature(pipe.__call__).parameters
+        given = {key: value for key, value in {**SETTINGS, "width": 64, "height": 64}.items() if key in known}
+        return np.asarray(pipe(image=sample_image(64, 64), generator=generator, **given).images[0], int)
 
     return draw
 
@@ -158,7 +181,10 @@ def client(tmp_path_factory: pytest.TempPathFactory, bundle: Get, loras: Get) ->
         yield client
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize(
+    "name",
+    nightly_but(["sd1", "sdxl", "sd3", "flux-dev", "klein", "qwenimage", "zimage"], "sd1", "sdxl", "flux-dev", "klein"),
+)
 def test_mixed_batch_matches_diffusers(
     name: str, bundle: Get, loras: Get, oracle: Callable[[str, Loras, int], np.ndarray]
 ) -> None:
@@ -172,6 +198,22 @@ def test_mixed_batch_matches_diffusers(
         assert np.array_equal(image, alone(pipeline, request)), MIXES[index]
         without = alone(plain, dataclasses.replace(request, loras=()))
         assert np.array_equal(image, without) == (not request.loras), MIXES[index]
+        assert not request.loras or np.abs(image - without).mean() > 3, "a LoRA that changes nothing would prove nothing"
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_loras_of_convolutions_share_a_batch(
+    name: str, bundle: Get, loras: Get, oracle: Callable[[str, Loras, int], np.ndarray]
+) -> None:
+    mixes: tuple[Loras, ...] = ((), (("conv", 1.0),), (("all", 1.0),), (("conv", -0.5), ("all", 0.5)))
+    pipeline, plain = load(bundle(name), loras(name)), load(bundle(name), None)
+    batch = requests(loras(name), mixes)
+    drawn = together(pipeline, batch)
+    for index, (request, image) in enumerate(zip(batch, drawn, strict=True)):
+        assert np.abs(image - oracle(name, mixes[index], 5 + index)).max() <= 1, mixes[index]
+        assert np.array_equal(image, alone(pipeline, request)), mixes[index]
+        without = alone(plain, dataclasses.replace(request, loras=()))
+        assert np.array_equal(image, without) == (not request.loras), mixes[index]
         assert not request.loras or np.abs(image - without).mean() > 3, "a LoRA that changes nothing would prove nothing"
 
 
@@ -230,6 +272,25 @@ def test_the_plain_graph_runs_if_no_row_has_a_lora(bundle: Get, loras: Get) -> N
     assert (plain.rows, lora.rows) == ([4] * CALLS, [])
     together(pipeline, requests(loras("sd1"), [(), (("all", 1.0),)]))
     assert (plain.rows, lora.rows) == ([4] * CALLS, [4] * CALLS)
+
+
+def test_slots_count_in_the_memory_of_a_model_once_they_are_made(bundle: Get, loras: Get) -> None:
+    """And are made for each padded rank apart; those of 3 x 3 convolutions are hardly any if no LoRA adapts these."""
+    folder = loras("sd1")
+    pipeline = load(bundle("sd1"), folder, slots=2)
+    model = Model("m", pipeline=pipeline, memory=1000)
+    assert (model.slot_memory, model.expected_memory) == (0, 1000)
+    sizes = []
+    for mix in ((("all", 1.0),), (("all", 0.5),), (("large", 1.0),), (("conv", 1.0),), (("text", 1.0),)):
+        together(pipeline, requests(folder, [mix]))
+        sizes.append(model.slot_memory)
+    assert sizes[0] == sizes[1] < sizes[2] < sizes[3] < sizes[4], "rank 16, again, 64, convolutions, the text encoder"
+    (graph,) = pipeline._denoiser.graphs
+    values = sum((1 if layer.taps > 1 else 16) * (layer.taps * layer.ins + layer.outs) for layer in graph.layers)
+    assert sizes[0] == 3 * 4 * values, "of two slots and the zeros, in fp32"
+    assert model.expected_memory == 1000 + sizes[-1]
+    pipeline.close()
+    assert model.slot_memory == 0
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -295,7 +356,7 @@ def test_removed_or_replaced_lora_fails_only_its_own_requests(bundle: Get, loras
     assert isinstance(endings["none"], Completed)
     assert isinstance(endings["large"], Completed)
     for name, reason in (
-        ("all", "is not in this server's folder of LoRAs, which has folder/one, large"),
+        ("all", "is not in this server's folder of LoRAs, which has conv, folder/one, large"),
         ("text", "was replaced"),
     ):
         ending = endings[name]
@@ -307,11 +368,13 @@ def test_removed_or_replaced_lora_fails_only_its_own_requests(bundle: Get, loras
 
 def odd(model: Path, how: str, path: Path) -> None:
     """Writes a LoRA that does not fit the model."""
-    pairs = make(model, 1, UNET, (4,))
+    pairs = make(model, 1, DENOISER, (4,))
     first = next(iter(pairs))
     down, up = pairs[first]
-    if how in ("conv", "resnet"):
-        pairs = make(model, 1, ("resnets.0.conv1",) if how == "conv" else ("conv_shortcut",), (4,))
+    if how == "kernel":
+        pairs = {module: (down[:, :, :2], up) for module, (down, up) in make(model, 1, ("resnets.0.conv1",), (4,)).items()}
+    elif how == "conv":
+        pairs["unet.down_blocks.0.attentions.0.no_such"] = (down.reshape(*down.shape[:2], 1, 1).expand(-1, -1, 3, 3), up)
     elif how == "layer":
         pairs["unet.down_blocks.0.attentions.0.no_such"] = (down.clone(), up.clone())
     elif how == "width":
@@ -320,7 +383,7 @@ def odd(model: Path, how: str, path: Path) -> None:
         pairs = make(model, 1, ("to_q",), (65,))
     elif how == "NaN":
         pairs[first] = (down, torch.full_like(up, math.nan))
-    write_diffusers(pairs, path)
+    write_diffusers({module: (down.contiguous(), up) for module, (down, up) in pairs.items()}, path)
     if how == "DoRA":
         tensors = load_file(path)
         tensors[f"{first}.lora_magnitude_vector"] = torch.ones(len(up))
@@ -332,8 +395,11 @@ def odd(model: Path, how: str, path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("conv", r"adapts unet\.\S+conv1, a convolution of 3 x 3, .* fuse it into a model of its own"),
-        ("resnet", r"adapts unet\.\S+conv_shortcut, which is not a layer that requests can adapt in this model"),
+        (
+            "kernel",
+            r"does not fit the model: unet\.\S+conv1 has 144 inputs and 16 outputs in the model, and 96 and 16 in the LoRA",
+        ),
+        ("conv", r"adapts unet\.\S+no_such, a convolution of 3 x 3, which requests cannot adapt in this model"),
         ("layer", r"adapts unet\.down_blocks\.0\.attentions\.0\.no_such, which is not a layer"),
         ("width", r"does not fit the model: unet\.\S+ has 16 inputs and 16 outputs in the model, and 15 and 16 in the LoRA"),
         ("rank", "has rank 65 in unet, the maximum is 64"),
@@ -367,12 +433,18 @@ def test_total_lora_rank_of_a_request_is_limited(bundle: Get, loras: Get, tmp_pa
         pipeline.plan(requests(folder, [(*most, ("again", 1.0))])[0])
 
 
-def test_models_without_lora_graphs_refuse_loras_with_the_reason(bundle: Get, tiny_model: Get, loras: Get) -> None:
+def test_models_without_lora_graphs_refuse_loras_with_the_reason(bundle: Get, loras: Get, tmp_path: Path) -> None:
     request = requests(loras("sd1"), [(("all", 1.0),)])[0]
     with pytest.raises(InvalidField, match=r"^loras: this model takes no LoRAs: it was loaded without a folder of LoRAs"):
         load(bundle("sd1"), None).plan(request)
-    with pytest.raises(InvalidField, match=r"^loras: this model takes no LoRAs: it has no LoRA graph"):
-        load(bundle("sd3"), loras("sd1")).plan(request)
+    bare = tmp_path / "bare"
+    shutil.copytree(bundle("sd1"), bare)
+    manifest = read_manifest(bare)
+    parts = tuple(dataclasses.replace(part, lora="", fused_lora="") for part in manifest.components)
+    settings = LoraSettings(LoraFiles(loras("sd1")), Cache(0), 8)
+    older = dataclasses.replace(manifest, components=parts)
+    with pytest.raises(InvalidField, match=r"^loras: this model takes no LoRAs: it has no LoRA graph: export it again"):
+        load_pipeline(bare, older, Execution("cpu"), Cache(0), loras=settings).plan(request)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +480,7 @@ def test_duplicate_lora_is_refused() -> None:
 def test_loras_are_listed(client: Client) -> None:
     listed = client.loras()
     assert [lora.id for lora in listed] == [
-        f"{name}/{lora}" for name in ("sd1", "sdxl") for lora in ("all", "folder/one", "large", "text")
+        f"{name}/{lora}" for name in ("sd1", "sdxl") for lora in ("all", "conv", "folder/one", "large", "text")
     ]
     assert all(lora.size > 1000 for lora in listed)
 
@@ -437,3 +509,52 @@ def test_a_file_is_read_once_for_its_digest_by_all_that_look_for_it(tmp_path: Pa
     (tmp_path / "b").write_bytes(b"two")
     (tmp_path / "b").replace(tmp_path / "a.safetensors")
     assert LoraFiles(tmp_path).find("a").digest == hashlib.sha256(b"two").hexdigest()
+
+
+def read(tensors: dict[str, torch.Tensor], kind: str, path: Path) -> list[str]:
+    save_file(tensors, path)
+    components = ("transformer", "text_encoder", "text_encoder_2", "vae")
+    return [f"{layer.component}.{layer.module}" for layer in read_layers(path, kind, components, None)]
+
+
+def pair(name: str, ins: int, outs: int, ends: tuple[str, str] = ("lora_down", "lora_up")) -> dict[str, torch.Tensor]:
+    return {f"{name}.{ends[0]}.weight": torch.randn(2, ins), f"{name}.{ends[1]}.weight": torch.randn(outs, 2)}
+
+
+FLUX, KLEIN, QWEN, Z = (f"{name}Pipeline" for name in ("FluxImg2Img", "Flux2Klein", "QwenImageImg2Img", "ZImageImg2Img"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "outs", "modules"),
+    [
+        (FLUX, "lora_unet_double_blocks_3_img_attn_qkv", 24, [f"transformer_blocks.3.attn.to_{part}" for part in "qkv"]),
+        (FLUX, "diffusion_model.double_blocks.3.txt_mlp.0", 8, ["transformer_blocks.3.ff_context.net.0.proj"]),
+        (FLUX, "lora_unet_img_in", 8, ["x_embedder"]),
+        (FLUX, "lora_unet_vector_in_in_layer", 8, ["time_text_embed.text_embedder.linear_1"]),
+        (KLEIN, "lora_unet_single_blocks_1_linear1", 8, ["single_transformer_blocks.1.attn.to_qkv_mlp_proj"]),
+        (QWEN, "lora_unet_transformer_blocks_2_attn_add_k_proj", 8, ["transformer_blocks.2.attn.add_k_proj"]),
+        (Z, "lora_unet_layers_0_attention_to_q", 8, ["layers.0.attention.to_q"]),
+    ],
+)
+def test_names_of_trainers_become_those_of_transformers(
+    kind: str, name: str, outs: int, modules: list[str], tmp_path: Path
+) -> None:
+    assert read(pair(name, 8, outs), kind, tmp_path / "a.safetensors") == [f"transformer.{module}" for module in modules]
+
+
+def test_layers_that_diffusers_would_leave_out_are_refused_by_name(tmp_path: Path) -> None:
+    """It drops those of a T5 without an error; zeros change nothing."""
+    known = pair("lora_unet_double_blocks_0_img_attn_proj", 8, 8)
+    t5 = pair("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 8, 8)
+    with pytest.raises(LoraProblem, match=r"^adapts lora_te3_encoder_block_0_layer_0_SelfAttention_q, which LoRAs for Flux"):
+        read(known | t5, FLUX, tmp_path / "a.safetensors")
+    zeros = {key: torch.zeros_like(value) for key, value in t5.items()}
+    assert read(known | zeros, FLUX, tmp_path / "b.safetensors") == ["transformer.transformer_blocks.0.attn.to_out.0"]
+
+
+@pytest.mark.parametrize("name", ["text_model.encoder.layers.0.mlp.fc1", "encoder.layers.0.mlp.fc1"])
+def test_clip_has_its_names_of_any_version_of_transformers(name: str, bundle: Get, tmp_path: Path) -> None:
+    """Most files say text_model; the installed transformers has no such module in some of its classes."""
+    tensors = pair(f"lora_te_{name.replace('.', '_')}", 32, 64)
+    save_file(tensors, tmp_path / "clip.safetensors")
+    load(bundle("sd1"), tmp_path).plan(requests(tmp_path, [(("clip", 1.0),)])[0])

@@ -27,7 +27,7 @@ from running import running
 
 INPAINTING = ("sd-inpaint", "sdxl-inpaint")
 """Their UNets see the mask and the masked source."""
-FAMILIES = ("sd1", "sd2", "sdxl", "refiner", "demo", "sd3", "flux-dev", *INPAINTING)
+FAMILIES = ("sd1", "sd2", "sdxl", "refiner", "demo", "sd3", "flux-dev", "zimage", "qwenimage", *INPAINTING)
 SIZE = (64, 96)
 SOURCE_SIZE = (80, 112)
 
@@ -131,11 +131,19 @@ def assert_same(images: list[Image.Image], others: list[Image.Image]) -> None:
 CASES = {"guided": GUIDED, "low": LOW, "full": FULL}
 
 
-@covering(case=CASES, model=FAMILIES)
-def test_masked_image_matches_diffusers(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
-    mask, settings = MASKS["soft"], {**CASES[case]}
+def settings_of(model: str, settings: Settings) -> Settings:
+    """The settings as the model takes them."""
+    settings = dict(settings)
     if model == "flux-dev":
         settings.pop("negative_prompt", None)  # Flux reads none
+    if model == "qwenimage":
+        settings["true_cfg_scale"] = settings.pop("guidance_scale")
+    return settings
+
+
+@covering(case=CASES, model=FAMILIES)
+def test_masked_image_matches_diffusers(client: Client, oracle: Callable[[str], Any], model: str, case: str) -> None:
+    mask, settings = MASKS["soft"], settings_of(model, CASES[case])
     for pasted in (False, True):
         images = drawn(client, model, 3, settings, mask=mask, mask_paste=pasted)
         assert_same(images, expected(oracle(model), mask, settings, 3, pasted))
@@ -152,7 +160,10 @@ def test_masks_of_every_kind_are_read_as_diffusers_reads_them(
         assert_same(images[:1], [source().resize(SIZE, Image.Resampling.LANCZOS)])
 
 
-def test_batching_requests_with_and_without_masks_does_not_change_outputs(client: Client, oracle: Callable[[str], Any]) -> None:
+@pytest.mark.parametrize("model", nightly_but(["sd1", "zimage", "qwenimage"], "sd1", "zimage"))
+def test_batching_requests_with_and_without_masks_does_not_change_outputs(
+    client: Client, oracle: Callable[[str], Any], model: str
+) -> None:
     asked: list[tuple[int, str, Settings, int]] = [
         (10, "soft", GUIDED, 1),
         (20, "", GUIDED, 1),
@@ -163,14 +174,15 @@ def test_batching_requests_with_and_without_masks_does_not_change_outputs(client
     ]
     with ThreadPoolExecutor(len(asked)) as threads:
         calls = [
-            threads.submit(drawn, client, "sd1", seed, settings, mask=MASKS.get(mask), image_count=count)
+            threads.submit(drawn, client, model, seed, settings_of(model, settings), mask=MASKS.get(mask), image_count=count)
             for seed, mask, settings, count in asked
         ]
-        for call, (seed, mask, settings, count) in zip(calls, asked, strict=True):
+        for call, (seed, mask, given, count) in zip(calls, asked, strict=True):
+            settings = settings_of(model, given)
             if not mask:
-                assert_same(call.result(), drawn(client, "sd1", seed, settings))
+                assert_same(call.result(), drawn(client, model, seed, settings))
             else:
-                assert_same(call.result(), expected(oracle("sd1"), MASKS[mask], settings, seed, pasted=True, count=count))
+                assert_same(call.result(), expected(oracle(model), MASKS[mask], settings, seed, pasted=True, count=count))
 
 
 def test_masked_lcm_at_full_strength_matches_the_inpaint_pipeline(client: Client, oracle: Callable[[str], Any]) -> None:

@@ -23,6 +23,8 @@ from img2img_export.errors import ExportError
 
 NAME = "model_fused_attention.onnx"
 """File name of the second graph, beside the plain one."""
+LORA_NAME = "lora_fused_attention.onnx"
+"""File name of the second graph of the LoRA graph."""
 
 DOMAIN = "com.microsoft"
 OPERATOR = "MultiHeadAttention"
@@ -88,15 +90,16 @@ def declare_types(model: ModelProto, dtype: torch.dtype) -> None:
             model.graph.value_info.append(helper.make_tensor_value_info(node.output[0], TORCH_TYPES[dtype], None))
 
 
-def write_beside(graph: ExternalWeightsGraph, folder: Path) -> None:
-    """Writes the graph into `folder`, with the weights of the plain graph there. Raises ExportError if one is not among them."""
+def write_beside(graph: ExternalWeightsGraph, folder: Path, name: str = NAME) -> None:
+    """Writes the graph into `folder` as the file `name`, with the weights of the plain graph there. Raises ExportError if one is
+    not among them."""
     plain = onnx.load(str(folder / GRAPH_NAME), load_external_data=False)
     written = {item.name: item for item in plain.graph.initializer}
-    if missing := [name for name in graph.weights if name not in written]:
+    if missing := [weight for weight in graph.weights if weight not in written]:
         raise ExportError(f"the plain graph has no weight {missing[0]}")
     model = ModelProto()
     model.CopyFrom(graph.model)
-    model.graph.initializer.extend(written[name] for name in graph.weights)
+    model.graph.initializer.extend(written[weight] for weight in graph.weights)
     if not any(node.op_type == OPERATOR for node in model.graph.node):
         raise ExportError("it has no attention that the operator computes")
-    onnx.save(model, str(folder / NAME))
+    onnx.save(model, str(folder / name))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from img2img_server.bundle.lora_files import LoraProblem
 from img2img_server.bundle.manifest import Lora
-from img2img_server.runtime.lora.reading import read_layers
+from img2img_server.runtime.lora.reading import name_among, read_layers
 
 from img2img_export.errors import ExportError
 from img2img_export.options import LoraFile
@@ -67,9 +67,9 @@ def fuse(directory: Path, layout: Layout, loras: Iterable[LoraFile], progress: P
     for lora in loras:
         _add(lora, directory, layout, additions)
     files = {name: _check(directory / name, name, weights) for name, weights in additions.items()}
-    for name, weights in additions.items():
+    for name, (paths, weights) in files.items():
         progress.stage(f"fusing {', '.join(lora.path.name for lora in loras)} into {name}")
-        for file in files[name]:
+        for file in paths:
             _rewrite(file, weights)
     return made
 
@@ -89,11 +89,15 @@ def _add(lora: LoraFile, directory: Path, layout: Layout, additions: Additions) 
         additions.setdefault(layer.component, {}).setdefault(f"{layer.module}.weight", []).append(added)
 
 
-def _check(folder: Path, component: str, weights: Mapping[str, list[_Layer]]) -> list[Path]:
-    """The files of a component that change. Raises ExportError if a weight is missing or has a different shape."""
+def _check(folder: Path, component: str, weights: Mapping[str, list[_Layer]]) -> tuple[list[Path], dict[str, list[_Layer]]]:
+    """The files of a component that change, and the additions by the weights' names in them. Raises ExportError if a weight is
+    missing or has a different shape."""
     files = {file: read_header(file)[0] for file in sorted(folder.glob("*.safetensors"))}
     stored: dict[str, TensorInfo] = {name: info for tensors in files.values() for name, info in tensors.items()}
+    named: dict[str, list[_Layer]] = {}
     for name, layers in weights.items():
+        named.setdefault(name_among(stored, name), []).extend(layers)
+    for name, layers in named.items():
         for layer in layers:
             if name not in stored:
                 raise ExportError(f"{layer.file} does not fit {component}: it adapts {name}, which the model does not have")
@@ -103,7 +107,7 @@ def _check(folder: Path, component: str, weights: Mapping[str, list[_Layer]]) ->
                 raise ExportError(
                     f"{layer.file} does not fit {component}: {name} has shape {wanted} in the model and {found} in the LoRA"
                 )
-    return [file for file, tensors in files.items() if not weights.keys().isdisjoint(tensors)]
+    return [file for file, tensors in files.items() if not named.keys().isdisjoint(tensors)], named
 
 
 def _rewrite(file: Path, weights: Mapping[str, list[_Layer]]) -> None:

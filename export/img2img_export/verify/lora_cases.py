@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from img2img_server.bundle.adapters import INDEX, AdaptedLayer
+from img2img_server.bundle.adapters import INDEX, WITHOUT_ROWS, AdaptedLayer
+from img2img_server.runtime.lora.adapters import by_taps
 
 from img2img_export.convert.parts import Part, Tensors
 from img2img_export.verify.parity import Case
@@ -25,7 +26,7 @@ def lora_cases(part: Part, module: Any, layers: tuple[AdaptedLayer, ...], cases:
     for layer in layers:
         downs, ups = matrices[layer.name]
         scales = torch.tensor([scale for _, scale in _ROWS])[:, None, None]
-        stacked[layer.down_input] = downs if layer.is_conv else downs.transpose(1, 2).contiguous()
+        stacked[layer.down_input] = by_taps(downs, layer.taps) if layer.is_conv else downs.transpose(1, 2).contiguous()
         stacked[layer.up_input] = (ups if layer.is_conv else ups.transpose(1, 2)) * scales
     made = []
     for case in cases:
@@ -34,7 +35,8 @@ def lora_cases(part: Part, module: Any, layers: tuple[AdaptedLayer, ...], cases:
         outputs: list[dict[str, torch.Tensor]] = []
         for row, adapter in enumerate(index):
             own = {
-                name: value[row : row + 1] if value.ndim and len(value) == count else value for name, value in case.inputs.items()
+                name: value[row : row + 1] if value.ndim and len(value) == count and name not in WITHOUT_ROWS else value
+                for name, value in case.inputs.items()
             }
             scale = _ROWS[adapter][1]
             with torch.no_grad(), _fused(module, {name: (d[adapter], u[adapter] * scale) for name, (d, u) in matrices.items()}):
@@ -45,9 +47,10 @@ def lora_cases(part: Part, module: Any, layers: tuple[AdaptedLayer, ...], cases:
 
 
 def _random(layer: AdaptedLayer, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matrices [adapters, rank, in] and [adapters, out, rank], whose product is as large as the layer's input."""
+    """Matrices [adapters, rank, in * taps] and [adapters, out, rank], whose product is as large as the layer's input."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    downs = torch.randn(len(_ROWS), _VERIFIED_RANK, layer.ins, generator=generator) / layer.ins**0.5
+    ins = layer.ins * layer.taps
+    downs = torch.randn(len(_ROWS), _VERIFIED_RANK, ins, generator=generator) / ins**0.5
     return downs, torch.randn(len(_ROWS), layer.outs, _VERIFIED_RANK, generator=generator) * (0.2 / _VERIFIED_RANK**0.5)
 
 

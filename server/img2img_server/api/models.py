@@ -62,7 +62,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
             id=model.id,
             state=state,
             is_default=model.id == self._models.default,
-            memory_bytes=model.memory,
+            memory_bytes=model.memory + model.slot_memory,
             detail=model.detail,
         )
         if model.manifest is not None:

@@ -129,7 +129,12 @@ class Model:
     @property
     def expected_memory(self) -> int:
         """Its measured or estimated memory in bytes; 0 if unknown."""
-        return self.memory or (estimate(self.manifest) if self.manifest is not None else 0)
+        return (self.memory or (estimate(self.manifest) if self.manifest is not None else 0)) + self.slot_memory
+
+    @property
+    def slot_memory(self) -> int:
+        """The memory in bytes of the slots for LoRAs that its pipeline has made since it was loaded; 0 if it has none."""
+        return int(getattr(self.pipeline, "slot_bytes", 0))
 
 
 class ModelRegistry:
@@ -299,7 +304,7 @@ class ModelRegistry:
             model = self._models[name]
             if model.manifest is None:
                 continue
-            used, on_gpu = sum(other.memory for other in self), meter.read()
+            used, on_gpu = sum(other.memory + other.slot_memory for other in self), meter.read()
             bound = settings.memory
             # Bounded by the GPU's free memory, except for the first model: the estimate may be too high.
             if used and on_gpu.gpu_free is not None and (bound is None or used + on_gpu.gpu_free < bound):

@@ -300,7 +300,10 @@ class Gauges(Collector):
         models = list(self._models)
         states = [((model.id, state), float(state == model.state.name.lower())) for model in models for state in STATES]
         yield _family(MODEL_STATE, *states)
-        yield _family(MODEL_MEMORY, *(((model.id,), model.memory if model.state is ModelState.READY else 0) for model in models))
+        yield _family(
+            MODEL_MEMORY,
+            *(((model.id,), model.memory + model.slot_memory if model.state is ModelState.READY else 0) for model in models),
+        )
         yield _family(MODEL_INFO, *((_info(model), 1) for model in models if model.pipeline is not None))
 
 

@@ -79,7 +79,7 @@ class Card:
     def of(cls, model: Model) -> "Card":
         """The card of a model in the registry."""
         manifest = None if model.manifest is None else _brief(model.manifest)
-        card = cls(model.id, manifest, model.state, model.memory, model.detail, model.engines)
+        card = cls(model.id, manifest, model.state, model.memory + model.slot_memory, model.detail, model.engines)
         pipeline = model.pipeline
         if pipeline is None:
             return card

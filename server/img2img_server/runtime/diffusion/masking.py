@@ -4,7 +4,7 @@ That is what diffusers' inpainting pipelines do with models that were not traine
 not depend on the number of requests, and requests without a mask take part in none of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,11 +33,19 @@ class Blend:
     levels: NoiseLevels
 
     @classmethod
-    def of(cls, mask: Image.Image, original: torch.Tensor, noise: torch.Tensor, levels: NoiseLevels) -> "Blend":
-        """The blend of a gray mask of the image's size; `original` and `noise` are whole."""
+    def of(
+        cls,
+        mask: Image.Image,
+        original: torch.Tensor,
+        noise: torch.Tensor,
+        levels: NoiseLevels,
+        layout: Callable[[torch.Tensor], torch.Tensor],
+    ) -> "Blend":
+        """The blend of a gray mask of the image's size; `original` and `noise` are whole, as the VAE has them, and `layout` makes
+        a state's latents of such tensors."""
         redrawn = mask_latents(mask, original).expand_as(original).contiguous()
         kept = 1 - redrawn
-        return cls(redrawn, original * kept, noise * kept, levels)
+        return cls(layout(redrawn), layout(original * kept), layout(noise * kept), levels)
 
 
 def redrawn_pixels(mask: Image.Image) -> torch.Tensor:

@@ -13,12 +13,14 @@ from img2img_server.runtime.diffusion.state import DiffusionState, Noise
 from img2img_server.runtime.diffusion.tokens import TrulyGuidedPipeline
 from img2img_server.runtime.lora.adapters import Choice
 from img2img_server.runtime.schedulers.flow import EditSchedulers, FluxSchedulers
+from img2img_server.support.source_rule import MaskUse
 
 
 class QwenImage(TrulyGuidedPipeline):
     """Guided if there is a negative prompt; the result has the length of the prompt's prediction."""
 
     scheduler_cache = FluxSchedulers
+    mask_use: MaskUse = "optional"
 
     def _encode_texts(self, texts: list[str]) -> list[Embedding]:
         return self._cut(*self._pipe.encode_prompt(texts, self._pipe._execution_device))
@@ -38,6 +40,10 @@ class QwenImage(TrulyGuidedPipeline):
     def _pixels(self, image: Image.Image) -> torch.Tensor:
         return super()._pixels(image)[:, :, None]
 
+    def _layout(self, latents: torch.Tensor) -> torch.Tensor:
+        count, _, channels, height, width = latents.shape
+        return self._packed(self._pipe._pack_latents(latents, count, channels, height, width))
+
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self._pipe.vae
         mean, deviation = (
@@ -51,6 +57,7 @@ class QwenImageEdit(QwenImage):
 
     edits = True
     scheduler_cache = EditSchedulers
+    mask_use = "none"
 
     def _embed(self, requests: Sequence[Request], choices: Sequence[Choice | None]) -> list[dict[str, Embedding]]:
         return [

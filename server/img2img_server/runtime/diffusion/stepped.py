@@ -39,7 +39,7 @@ from img2img_server.runtime.diffusion.state import (
     split_noise,
 )
 from img2img_server.runtime.lora.adapters import TEXT_ENCODERS, Choice, ModelLoras, NoLoras, for_texts
-from img2img_server.runtime.lora.graph import adapting
+from img2img_server.runtime.lora.graph import adapting, slot_bytes
 from img2img_server.runtime.onnx.modules import close_graphs
 from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCache
 from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, step_arguments
@@ -140,6 +140,11 @@ class SteppedPipeline(ABC):
             (predicted,) = self._predict(**inputs)
         return split_noise(states, self._noise(predicted, joined_samples))
 
+    @property
+    def slot_bytes(self) -> int:
+        """The memory of the slots for LoRAs, which are made when a call first needs their ranks. Any thread may read it."""
+        return slot_bytes(self._pipe)
+
     def mark(self) -> Callable[[], None] | None:
         """On CUDA, a function that waits for the device: `prepare`, `denoise` and `advance` only submit their work there."""
         return mark(self._device)
@@ -234,9 +239,9 @@ class SteppedPipeline(ABC):
             assert noising.given is not None, "the first latents of a family that takes masks are the source's, with noise"
             original, noise = noising.given
             if request.strength == 1:
-                latents = self._pure_noise(latents, noise, cached_scheduler.scheduler)
+                latents = self._pure_noise(latents, self._layout(noise), cached_scheduler.scheduler)
             _draw_again(generators, image, noise)
-            blend = Blend.of(request.mask.image, original, noise, cached_scheduler.levels)
+            blend = Blend.of(request.mask.image, original, noise, cached_scheduler.levels, self._layout)
         conditioning = self._conditioning(request, positive, negative) | self._more_conditioning(pipe, request, latents)
         conditioning |= self._mask_conditioning(request, latents, generators)
         # Converted once here instead of in each step.
@@ -328,6 +333,10 @@ class SteppedPipeline(ABC):
         count = len(generators)
         image = torch.empty(count, 3, 1, 1)  # stands for the image
         latents: torch.Tensor = pipe.prepare_latents(image, timesteps, 1, count, dtype, pipe._execution_device, generators)
+        return latents
+
+    def _layout(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as `prepare_latents` adds noise to them, as a state has them: [n, C, h, w]."""
         return latents
 
     def _mask_conditioning(self, request: Request, latents: torch.Tensor, generators: list[torch.Generator]) -> Conditioning:

@@ -105,6 +105,9 @@ class TokenPipeline(SteppedPipeline):
             return self._packed(pipe.prepare_latents(torch.empty(count, 3, 1, 1), timesteps, *place))  # stands for the image
         return self._packed(pipe.prepare_latents(*self._no_image, *place)[0])
 
+    def _pure_noise(self, latents: torch.Tensor, noise: torch.Tensor, scheduler: Any) -> torch.Tensor:
+        return latents  # the inpainting pipelines of these classes have no case of their own for strength 1
+
     _patch = 4
     """The transformer's channels for each channel of latents."""
     _no_image: tuple[None, ...] = (None,)

@@ -10,12 +10,14 @@ from img2img_server.runtime.diffusion.state import Conditioning
 from img2img_server.runtime.diffusion.tokens import TokenPipeline
 from img2img_server.runtime.onnx.token_graphs import filled, patches, unpatched
 from img2img_server.runtime.schedulers.flow import ZImageSchedulers
+from img2img_server.support.source_rule import MaskUse
 
 
 class ZImage(TokenPipeline):
     """Any guidance above 0 guides; the class counts it from the prompt's prediction. The transformer predicts the negative."""
 
     scheduler_cache = ZImageSchedulers
+    mask_use: MaskUse = "optional"
     _patch = 1
 
     def _is_guided(self, request: Request) -> bool:
@@ -31,6 +33,9 @@ class ZImage(TokenPipeline):
 
     def _packed(self, latents: torch.Tensor) -> torch.Tensor:
         return super()._packed(torch.stack([patches(one[:, None]) for one in latents]))
+
+    def _layout(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._packed(latents)
 
     def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
         inputs = super()._inputs(samples, timesteps, conditioning)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -11,7 +11,7 @@ from img2img_server.bundle.lora_files import LoraFile, LoraFiles, LoraProblem
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import LoraUse, Request
 from img2img_server.errors import InvalidField
-from img2img_server.runtime.lora.reading import LoraLayer, read_layers
+from img2img_server.runtime.lora.reading import LoraLayer, name_among, read_layers
 
 _log = logging.getLogger(__name__)
 
@@ -20,15 +20,37 @@ _MOST_RANK = RANKS[-1]
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 Matrices = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""By module: `down` [rank, in] and `up` [out, rank], with alpha / rank in it."""
+"""By module: `down` [rank * taps, in] and `up` [out, rank], with alpha / rank in it (bundle/adapters.py)."""
+
+
+def by_taps(down: torch.Tensor, taps: int) -> torch.Tensor:
+    """A flattened kernel [..., rank, in * taps] as a LoRA graph takes it, [..., rank * taps, in]."""
+    return down.unflatten(-1, (-1, taps)).transpose(-1, -2).flatten(-3, -2).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The largest ranks of LoRAs in a component: of its 3 x 3 convolutions, and of its other layers."""
+
+    rank: int = 0
+    kernel_rank: int = 0
+
+    def __add__(self, other: "Ranks") -> "Ranks":
+        return Ranks(self.rank + other.rank, self.kernel_rank + other.kernel_rank)
+
+    def __bool__(self) -> bool:
+        return self != _NO_RANKS
+
+
+_NO_RANKS = Ranks()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """A LoRA in memory: its matrices by component, on the CPU, and its largest rank in each component."""
+    """A LoRA in memory: its matrices by component, on the CPU, and its largest ranks in each component."""
 
     matrices: Mapping[str, Matrices]
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, Ranks]
 
     @property
     def bytes(self) -> int:
@@ -43,14 +65,14 @@ class Choice:
     key: tuple[tuple[str, float], ...]
     adapters: tuple[Adapter, ...] = field(compare=False)
 
-    def rank(self, component: str) -> int:
-        """The rank of all its LoRAs together in the component; 0 if they do not adapt it."""
-        return sum(adapter.ranks.get(component, 0) for adapter in self.adapters)
+    def ranks(self, component: str) -> Ranks:
+        """The ranks of all its LoRAs together in the component; false if they do not adapt it."""
+        return sum((adapter.ranks.get(component, _NO_RANKS) for adapter in self.adapters), _NO_RANKS)
 
 
 def for_texts(choice: Choice | None) -> Choice | None:
     """The choice if it adapts a text encoder, else None: equal texts then have one embedding."""
-    return choice if choice is not None and any(choice.rank(name) for name in TEXT_ENCODERS) else None
+    return choice if choice is not None and any(choice.ranks(name) for name in TEXT_ENCODERS) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +105,14 @@ class ModelLoras:
         self._unet_config = unet_config
         self._layers = {component: {layer.name: layer for layer in own} for component, own in layers.items()}
         self._own = object()  # marks this model's entries of the cache
-        self._ranks: dict[str, Mapping[str, int]] = {}  # by digest: those that were checked
+        self._ranks: dict[str, Mapping[str, Ranks]] = {}  # by digest: those that were checked
 
     def check(self, request: Request) -> None:
         """Reads and checks the request's LoRAs, unless they were checked before. Raises InvalidField."""
         ranks = [self._checked(index, use) for index, use in enumerate(request.loras)]
         for component in self._layers:
-            if (total := sum(rank.get(component, 0) for rank in ranks)) > _MOST_RANK:
+            together = sum((own.get(component, _NO_RANKS) for own in ranks), _NO_RANKS)
+            if (total := max(together.rank, together.kernel_rank)) > _MOST_RANK:
                 raise InvalidField(
                     "loras", f"their ranks together are {total} in {component}, the maximum is {_MOST_RANK}: send fewer LoRAs"
                 )
@@ -114,7 +137,7 @@ class ModelLoras:
         """Removes this model's entries from the cache."""
         self._settings.cache.drop(lambda key: key[0] is self._own)
 
-    def _checked(self, index: int, use: LoraUse) -> Mapping[str, int]:
+    def _checked(self, index: int, use: LoraUse) -> Mapping[str, Ranks]:
         if use.digest not in self._ranks:
             self._adapter(index, use)
         return self._ranks[use.digest]
@@ -141,14 +164,21 @@ class ModelLoras:
 
     def _fitted(self, layers: Sequence[LoraLayer]) -> Adapter:
         matrices: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
-        for layer in layers:
+        ranks: dict[str, Ranks] = {}
+        for item in layers:
+            known = self._layers.get(item.component, {})
+            layer = replace(item, module=name_among(known, item.module))
             if problem := self._problem(layer):
                 raise LoraProblem(problem)
             up = layer.up if layer.factor == 1.0 else layer.up.float() * layer.factor
-            matrices.setdefault(layer.component, {})[layer.module] = (layer.down.flatten(1).contiguous(), up.contiguous())
-        ranks = {component: max(len(down) for down, _ in own.values()) for component, own in matrices.items()}
-        for component, rank in ranks.items():
-            if rank > _MOST_RANK:
+            taps = known[layer.module].taps
+            matrices.setdefault(layer.component, {})[layer.module] = (by_taps(layer.down.flatten(1), taps), up.contiguous())
+            before, rank = ranks.get(layer.component, _NO_RANKS), up.shape[1]
+            ranks[layer.component] = Ranks(
+                max(before.rank, rank if taps == 1 else 0), max(before.kernel_rank, rank if taps > 1 else 0)
+            )
+        for component, own in ranks.items():
+            if (rank := max(own.rank, own.kernel_rank)) > _MOST_RANK:
                 raise LoraProblem(f"has rank {rank} in {component}, the maximum is {_MOST_RANK}: resize it, or fuse it at export")
         return Adapter(matrices, ranks)
 
@@ -157,10 +187,10 @@ class ModelLoras:
         name = f"{layer.component}.{layer.module}"
         known = self._layers.get(layer.component, {}).get(layer.module)
         kernel = tuple(layer.down.shape[2:])
-        if kernel and any(side > 1 for side in kernel):
+        if known is None and any(side > 1 for side in kernel):
             return (
-                f"adapts {name}, a convolution of {' x '.join(map(str, kernel))}, which a request's LoRA cannot: "
-                "fuse it into a model of its own (img2img export --lora)"
+                f"adapts {name}, a convolution of {' x '.join(map(str, kernel))}, which requests cannot adapt in this model: "
+                "export the model again if an earlier version of img2img did, or fuse the LoRA (img2img export --lora)"
             )
         if known is None:
             return (
@@ -168,10 +198,10 @@ class ModelLoras:
                 "it is for another model, or must be fused at export (img2img export --lora)"
             )
         found = (layer.up.shape[0], layer.down.shape[0], layer.up.shape[1], layer.down.flatten(1).shape[1])
-        rank = found[1]
-        if found != (known.outs, rank, rank, known.ins):
+        rank, ins = found[1], known.ins * known.taps
+        if found != (known.outs, rank, rank, ins):
             return (
-                f"does not fit the model: {name} has {known.ins} inputs and {known.outs} outputs in the model, "
+                f"does not fit the model: {name} has {ins} inputs and {known.outs} outputs in the model, "
                 f"and {found[3]} and {found[0]} in the LoRA"
             )
         return ""

@@ -1,37 +1,51 @@
 """A graph whose calls may have another LoRA in each row."""
 
 import contextlib
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from img2img_server.bundle.adapters import INDEX, RANKS, AdaptedLayer, adapted_layers
+from img2img_server.bundle.adapters import INDEX, RANKS, WITHOUT_ROWS, AdaptedLayer, adapted_layers
 from img2img_server.runtime.common.device_copy import send
-from img2img_server.runtime.lora.adapters import Choice
+from img2img_server.runtime.lora.adapters import Choice, Ranks
 from img2img_server.runtime.onnx.modules import Graph
 from img2img_server.runtime.onnx.runners import Runner, dtype_of
+
+_log = logging.getLogger(__name__)
 
 _Row = Choice | None
 
 
 class _Slots:
-    """The stacked matrices of `layers` at one rank, on the device: inputs of the LoRA graph.
+    """The stacked matrices of `layers` at the `ranks`, on the device: inputs of the LoRA graph.
 
     Slot 0 is zeros, for rows without LoRAs; the other `count` slots have the choices used last.
     """
 
-    def __init__(self, layers: Sequence[AdaptedLayer], types: dict[str, torch.dtype], rank: int, count: int, device: Any) -> None:
+    def __init__(
+        self, layers: Sequence[AdaptedLayer], types: dict[str, torch.dtype], ranks: Ranks, count: int, device: Any
+    ) -> None:
         self._layers = layers
-        self._rank = rank
+        self._ranks = ranks
         self.tensors: dict[str, torch.Tensor] = {}
         for layer in layers:
+            rank = self._rank(layer)
             shapes = {layer.down_input: layer.down_shape(count + 1, rank), layer.up_input: layer.up_shape(count + 1, rank)}
             for name, shape in shapes.items():
                 self.tensors[name] = torch.zeros(shape, dtype=types[name], device=device)
         self._held: OrderedDict[Choice, int] = OrderedDict()
         self._free = list(range(count, 0, -1))
+
+    @property
+    def bytes(self) -> int:
+        """Their size in memory."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def _rank(self, layer: AdaptedLayer) -> int:
+        return self._ranks.kernel_rank if layer.taps > 1 else self._ranks.rank
 
     def place(self, component: str, wanted: Iterable[Choice]) -> dict[Choice, int]:
         """The slot of each wanted choice, of which there are at most as many as slots. Evicts others if needed (LRU)."""
@@ -51,13 +65,14 @@ class _Slots:
     def _fill(self, slot: int, component: str, choice: Choice) -> None:
         """Writes the matrices of the choice's LoRAs side by side, with the scales in `up`."""
         for layer in self._layers:
-            down, up = torch.zeros(self._rank, layer.ins), torch.zeros(layer.outs, self._rank)
+            rank, taps = self._rank(layer), layer.taps
+            down, up = torch.zeros(rank * taps, layer.ins), torch.zeros(layer.outs, rank)
             start = 0
             for adapter, (_, scale) in zip(choice.adapters, choice.key, strict=True):
                 pair = adapter.matrices.get(component, {}).get(layer.name)
                 if pair is not None:
-                    end = start + len(pair[0])
-                    down[start:end], up[:, start:end] = pair[0], pair[1].float() * scale
+                    end = start + pair[1].shape[1]
+                    down[start * taps : end * taps], up[:, start:end] = pair[0], pair[1].float() * scale
                     start = end
             self.tensors[layer.down_input][slot].copy_(down if layer.is_conv else down.T)
             self.tensors[layer.up_input][slot].copy_(up if layer.is_conv else up.T)
@@ -78,7 +93,7 @@ class AdaptedGraph(Graph):
         self._component = component
         self._count = slots
         self._mixes = mixes
-        self._slots: dict[int, _Slots] = {}
+        self._slots: dict[Ranks, _Slots] = {}
         self._rows: Sequence[_Row] = ()
 
     def __call__(self, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -95,11 +110,16 @@ class AdaptedGraph(Graph):
     @contextlib.contextmanager
     def adapting(self, rows: Sequence[_Row]) -> Iterator[None]:
         """The calls within the block have these LoRAs, one for each row of the inputs."""
-        self._rows = [None if row is None or not row.rank(self._component) else row for row in rows]
+        self._rows = [None if row is None or not row.ranks(self._component) else row for row in rows]
         try:
             yield
         finally:
             self._rows = ()
+
+    @property
+    def slot_bytes(self) -> int:
+        """The memory of its slots, which are made when a call first needs their ranks."""
+        return sum(slots.bytes for slots in list(self._slots.values()))
 
     def close(self) -> None:
         """Releases its runners and the slots."""
@@ -122,23 +142,31 @@ class AdaptedGraph(Graph):
     def _part(self, part: range, tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
         rows, total = [self._rows[index] for index in part], len(self._rows)
         own = {
-            name: tensor[part.start : part.stop] if tensor is not None and tensor.ndim and len(tensor) == total else tensor
+            name: tensor[part.start : part.stop]
+            if tensor is not None and tensor.ndim and len(tensor) == total and name not in WITHOUT_ROWS
+            else tensor
             for name, tensor in tensors.items()
         }
         if not any(rows):
             return super().__call__(**own)
         choices = {row for row in rows if row is not None}
-        rank = max(choice.rank(self._component) for choice in choices)
-        slots = self._slots_of(next(bucket for bucket in RANKS if rank <= bucket))
+        ranks = [choice.ranks(self._component) for choice in choices]
+        rank, kernel_rank = max(own.rank for own in ranks), max(own.kernel_rank for own in ranks)
+        slots = self._slots_of(Ranks(_bucket(rank), _bucket(kernel_rank) if kernel_rank else 1))
         places = slots.place(self._component, choices)
         index = torch.tensor([0 if row is None else places[row] for row in rows])
         feed, device = self._feed(own)
         return self._found(self._lora.run({**feed, **slots.tensors, INDEX: send(index, self._device)}), device)
 
-    def _slots_of(self, rank: int) -> _Slots:
-        if rank not in self._slots:
-            self._slots[rank] = _Slots(self.layers, self._lora_types, rank, self._count, self._device)
-        return self._slots[rank]
+    def _slots_of(self, ranks: Ranks) -> _Slots:
+        if ranks not in self._slots:
+            self._slots[ranks] = made = _Slots(self.layers, self._lora_types, ranks, self._count, self._device)
+            _log.info("%s: slots for LoRAs of %s take %.1f MB", self._component, ranks, made.bytes / 1e6)
+        return self._slots[ranks]
+
+
+def _bucket(rank: int) -> int:
+    return next(bucket for bucket in RANKS if rank <= bucket)
 
 
 @contextlib.contextmanager
@@ -155,9 +183,16 @@ def adapting(modules: Iterable[Any], rows: Sequence[_Row]) -> Iterator[None]:
 
 def layers_of(pipe: Any) -> dict[str, Sequence[AdaptedLayer]]:
     """The layers that the LoRA graphs of a diffusers pipeline adapt, by component."""
-    return {
-        name: graph.layers
-        for name, module in pipe.components.items()
-        for graph in getattr(module, "graphs", ())
-        if isinstance(graph, AdaptedGraph)
-    }
+    return {name: graph.layers for name, graph in _adapted(pipe)}
+
+
+def slot_bytes(pipe: Any) -> int:
+    """The memory of the slots of a diffusers pipeline's LoRA graphs."""
+    return sum(graph.slot_bytes for _, graph in _adapted(pipe))
+
+
+def _adapted(pipe: Any) -> Iterator[tuple[str, AdaptedGraph]]:
+    for name, module in pipe.components.items():
+        for graph in getattr(module, "graphs", ()):
+            if isinstance(graph, AdaptedGraph):
+                yield name, graph

@@ -5,7 +5,7 @@ diffusers translates the names. The exporter, which fuses LoRAs into weights, an
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,10 @@ _KINDS = {
     "lora_mid": "a Tucker LoCon",
 }
 
+_BARE = ("time_text_embed.", "x_embedder.", "context_embedder.", "norm_out.", "proj_out.")
+"""Layers of Flux' transformer in kohya's files that diffusers translates without the name of the component."""
+_CLIP = "text_model."
+"""What the names of CLIP's modules begin with, or do not, depending on the version of transformers that wrote them."""
 _MOST_NAME = 512
 """Maximum characters of a tensor's name; real ones have up to about 150."""
 _ADAPTER_METADATA = "lora_adapter_metadata"
@@ -74,6 +78,12 @@ def read_layers(
     if not layers:
         raise LoraProblem(f"contains no LoRA layers for {pipeline_class}")
     return layers
+
+
+def name_among(known: Container[str], name: str) -> str:
+    """The name of a LoRA's module or weight as the model has it, one of `known`; `name` itself if it has none."""
+    other = name.removeprefix(_CLIP) if name.startswith(_CLIP) else f"{_CLIP}{name}"
+    return other if name not in known and other in known else name
 
 
 def _layers(
@@ -141,11 +151,30 @@ def _translate(
     known = {} if unet_config is None else {"unet_config": SimpleNamespace(**unet_config)}
     found = pipeline.lora_state_dict(dict(tensors), **known)
     found = found[0] if isinstance(found, tuple) else found
+    found = {f"transformer.{key}" if key.startswith(_BARE) else key: value for key, value in found.items()}
+    _check_complete(tensors, found, pipeline_class)
     texts = {key: value for key, value in found.items() if key.startswith("text_encoder")}
     others = {key: value for key, value in found.items() if key not in texts}
     for way in (StateDictType.DIFFUSERS_OLD, StateDictType.DIFFUSERS):
         texts = convert_state_dict_to_peft(texts, original_type=way)
     return {**convert_unet_state_dict_to_peft(others), **texts}
+
+
+def _check_complete(tensors: Mapping[str, "torch.Tensor"], found: Mapping[str, "torch.Tensor"], pipeline_class: str) -> None:
+    """Raises LoraProblem for a layer of `tensors` that diffusers left out of `found`, as it does with some (a T5's), unless it is
+    zero. The first row of a layer's first matrix is always kept as such a row, even if the layer is split into several."""
+    if pipeline_class.startswith("ZImage"):
+        return  # some of its files have layers twice, in two forms
+    kept = {_first_row(value) for value in found.values()}
+    for key, value in tensors.items():
+        up = next((key.removesuffix(down) + up for down, up in _PAIRS if key.endswith(down)), None)
+        if up in tensors and _first_row(value) not in kept and value.any() and tensors[up].any():
+            layer = key.removesuffix(next(down for down, _ in _PAIRS if key.endswith(down)))
+            raise LoraProblem(f"adapts {layer[:_MOST_NAME]}, which LoRAs for {pipeline_class} cannot adapt: train it without")
+
+
+def _first_row(matrix: "torch.Tensor") -> bytes:
+    return matrix[:1].flatten().float().numpy().tobytes()
 
 
 def _adapter_scale(config: Mapping[str, Any], component: str, module: str, rank: int) -> float:
