@@ -85,6 +85,7 @@ def example_inputs(layers: tuple[AdaptedLayer, ...], rows: int) -> Tensors:
 @contextlib.contextmanager
 def _adding(module: Any, layers: tuple[AdaptedLayer, ...], tensors: Tensors) -> Iterator[None]:
     """Adds each layer's product to its output within the block."""
+    is_transformer = _WITHIN[type(module).__name__] is _EVERYWHERE
     with contextlib.ExitStack() as stack:
         for layer in layers:
             down, up = (torch.index_select(tensors[name], 0, tensors[INDEX]) for name in (layer.down_input, layer.up_input))
@@ -94,6 +95,10 @@ def _adding(module: Any, layers: tuple[AdaptedLayer, ...], tensors: Tensors) -> 
             ) -> Any:
                 if layer.taps > 1:
                     return output + _kernel_product(layer, given[0], down, up, own.stride, output.shape)
+                if is_transformer:
+                    # Not as a sum, which ONNX Runtime would fuse with a LayerNorm after it, unlike in the plain graph: rows
+                    # without a LoRA would have other last bits.
+                    return output - _product(layer, given[0], down, -up)
                 return output + _product(layer, given[0], down, up)
 
             stack.callback(module.get_submodule(layer.name).register_forward_hook(add).remove)

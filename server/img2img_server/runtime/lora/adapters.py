@@ -25,7 +25,7 @@ Matrices = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 def by_taps(down: torch.Tensor, taps: int) -> torch.Tensor:
     """A flattened kernel [..., rank, in * taps] as a LoRA graph takes it, [..., rank * taps, in]."""
-    return down.unflatten(-1, (-1, taps)).transpose(-1, -2).flatten(-3, -2).contiguous()
+    return down.reshape(*down.shape[:-1], -1, taps).transpose(-1, -2).flatten(-3, -2).contiguous()
 
 
 @dataclass(frozen=True, slots=True)

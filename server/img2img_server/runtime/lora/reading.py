@@ -167,9 +167,10 @@ def _check_complete(tensors: Mapping[str, "torch.Tensor"], found: Mapping[str, "
         return  # some of its files have layers twice, in two forms
     kept = {_first_row(value) for value in found.values()}
     for key, value in tensors.items():
-        up = next((key.removesuffix(down) + up for down, up in _PAIRS if key.endswith(down)), None)
+        layer, up = next(
+            ((key.removesuffix(down), key.removesuffix(down) + up) for down, up in _PAIRS if key.endswith(down)), ("", "")
+        )
         if up in tensors and _first_row(value) not in kept and value.any() and tensors[up].any():
-            layer = key.removesuffix(next(down for down, _ in _PAIRS if key.endswith(down)))
             raise LoraProblem(f"adapts {layer[:_MOST_NAME]}, which LoRAs for {pipeline_class} cannot adapt: train it without")
 
 
