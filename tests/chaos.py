@@ -1,4 +1,4 @@
-"""What the chaos tests do to servers and bundles, and the images that a stand-in must make all the same."""
+"""Faults that the chaos tests inject into servers and bundles, and the images that the fake model must return nevertheless."""
 
 import hashlib
 import io

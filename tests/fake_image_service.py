@@ -1,4 +1,4 @@
-"""A gRPC server that does what a test tells it to and remembers what it was asked."""
+"""A scripted gRPC server that records its requests."""
 
 import io
 import threading

@@ -1,4 +1,4 @@
-"""What an img2img server answers when it refuses, as gRPC statuses."""
+"""The gRPC statuses with which an img2img server refuses calls."""
 
 from typing import Any, NoReturn
 

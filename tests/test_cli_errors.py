@@ -1,4 +1,4 @@
-"""What the command line says of words that do not exist, of files that cannot be used, and of what is not installed."""
+"""Errors of the command line: unknown arguments, unusable files and missing extras."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What runs always covers the parameters, and nothing is lost of what runs nightly."""
+"""Cases that always run cover the parameters, and no nightly case is lost."""
 
 from itertools import combinations, product
 from typing import Any

@@ -148,7 +148,7 @@ def test_panels_fit_the_grid_and_use_the_datasource_variable() -> None:
 
 
 def test_every_metric_is_used_by_a_query() -> None:
-    """What nobody looks at need not be counted."""
+    """A metric without a query is not worth counting."""
     from img2img_server.telemetry.metrics import ASKED
 
     queries = " ".join((*(query for _, query in QUERIES), *LISTS.values()))

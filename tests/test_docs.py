@@ -1,4 +1,4 @@
-"""The documentation's tables say what bundles and the code say, and what it names is there."""
+"""The documentation's tables match bundles and code, and everything it names exists."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""docs/extending.md, followed: what its blocks define works as the page says."""
+"""The code blocks of docs/extending.md work as the page says."""
 
 import argparse
 import re

@@ -1,4 +1,5 @@
-"""What an import must not bring in, tried in a fresh interpreter. Who may import whom is in pyproject.toml (import-linter)."""
+"""Packages that an import must not load, tested in a fresh interpreter. Import rules between our packages are in pyproject.toml
+(import-linter)."""
 
 import subprocess
 import sys

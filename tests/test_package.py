@@ -1,4 +1,4 @@
-"""What is published: the distribution's name, and the install commands that the code and the documentation give."""
+"""The distribution's name, and the install commands in code and documentation."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""Who the client believes, what it shows of itself, and that its token never leaves in plain text."""
+"""TLS and tokens of the client: trusted authorities, client certificates, and no token over plaintext."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Images that the server keeps: what goes there and comes back is what was meant, or an error."""
+"""Uploads and downloads of assets: data round-trips unchanged, or the call fails."""
 
 import hashlib
 import io

@@ -1,5 +1,5 @@
-"""What is asyncio's own: tasks that are cancelled, loops, and many calls at once. The rest is asked of both clients in the other
-modules, by way of blocking.py."""
+"""Behaviour of the asyncio client only: cancelled tasks, event loops, concurrent calls. The other modules test both clients,
+through blocking.py."""
 
 import asyncio
 import inspect
@@ -92,7 +92,7 @@ async def test_cancelling_ends_the_wait_between_attempts(
 
 
 async def test_closing_the_client_cancels_calls_but_not_tasks(server: FakeServer) -> None:
-    """What a task is told then is an error of the call. It is not cancelled itself, and may clean up as it likes."""
+    """The task gets the call's error. It is not cancelled itself, and may clean up."""
     server.service.hold = True
     client = AsyncClient(server.target)
     tasks = [asyncio.ensure_future(work(client)) for work in (unary, stream)]

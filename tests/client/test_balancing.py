@@ -1,4 +1,5 @@
-"""Several servers: all that are well are used and no other, and what one cannot do another does, as often as was allowed."""
+"""Load balancing over several servers: healthy servers are used, unhealthy ones are not, and failed calls are retried on another
+within the retry limit."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -217,7 +218,7 @@ def test_if_all_servers_are_overloaded_the_retry_delay_is_observed(
 
 @BOTH
 def test_single_target_is_used_without_balancing_by_default(kind: Any, servers: list[FakeServer], retry_log: RetryLog) -> None:
-    """Whatever its health, with attempts of ours alone; unless it is said that there may be more of them."""
+    """Its health is ignored, and only the client retries, unless balance=True."""
     one = servers[0]
     one.set_serving(False)
     with kind(one.target, timeout=120, retries=policy(retry_log)) as client:

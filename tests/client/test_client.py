@@ -1,4 +1,4 @@
-"""What the server answers reaches the caller, and what the caller gives up reaches the server."""
+"""Responses reach the caller, and cancellations and deadlines reach the server."""
 
 import subprocess
 import sys

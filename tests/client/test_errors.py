@@ -1,4 +1,4 @@
-"""Every status becomes the error that names it, with what its details say."""
+"""Every status maps to its error class, with the fields of its details."""
 
 import pytest
 from fake_image_service import MAX_REQUEST_BYTES, FakeService

@@ -1,7 +1,7 @@
-"""Three servers, in processes of their own, with callers of both clients: one is drained, one killed, and no caller is told.
+"""Three servers in processes of their own, with callers of both clients: one drains, one is killed, and no caller sees an error.
 
-The servers are `img2img serve` with a stand-in for the model, whose images anybody can compute: each image that comes is
-compared with the one that its prompt, seed and steps make. Who made it says the revision of the server's bundle.
+The servers are `img2img serve` with a fake model whose images are computed from prompt, seed and steps; every image is compared
+with the expected one. The revision of a server's bundle identifies the server.
 """
 
 import asyncio

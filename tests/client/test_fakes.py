@@ -1,4 +1,4 @@
-"""The fake server does not hang by itself, whatever the order in which watches of its health end and its health changes."""
+"""The fake server does not deadlock when health watches end while health changes."""
 
 import itertools
 import threading

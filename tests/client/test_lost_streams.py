@@ -1,4 +1,4 @@
-"""A stream whose server is lost after it started goes on elsewhere, and its caller sees one life."""
+"""A started stream whose server is lost continues on another server; its caller sees one sequence of events."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,5 @@
-"""Servers by their name: what DNS says of it counts as far as was asked for, and what a certificate says of it always."""
+"""Servers addressed by DNS name: all addresses are used, service configs only on request, and certificates are always checked
+against the name."""
 
 import json
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ def test_service_config_from_dns_is_used_only_on_request() -> None:
 
 
 def test_without_a_dns_service_config_only_the_client_retries() -> None:
-    """gRPC's own retries are not in ours then, as a config of DNS could bring others that nobody would count."""
+    """gRPC's own retries are off then, since a service config from DNS could add attempts that the client does not count."""
     with headless() as (servers, names, target):
         for server in servers:
             server.service.failure = unavailable()

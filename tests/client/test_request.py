@@ -1,4 +1,4 @@
-"""What a caller asks for arrives, and what it leaves out stays unset."""
+"""Options that the caller sets are sent unchanged; omitted options stay unset."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is tried again against a server and what is not, by either client, and that closing or Ctrl-C ends every wait."""
+"""Which calls both clients retry, and that closing the client or Ctrl-C ends every wait."""
 
 import hashlib
 import signal

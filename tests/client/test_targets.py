@@ -1,4 +1,4 @@
-"""What a caller may give as its servers, and what gRPC is given for it."""
+"""The targets that a caller may pass, and the gRPC target made of them."""
 
 import pytest
 from img2img_client.targets import parse_target

@@ -1,5 +1,5 @@
-"""Node with what clients/node pins, and servers: a real one whose model is a fake, one with TLS and tokens, one that is told what
-to answer."""
+"""Node with the packages that clients/node pins, and servers: a real one with a fake model, one with TLS and tokens, and a
+scripted one."""
 
 import subprocess
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""docs/api.md says what the contract is, and what the contract's comments say of defaults and bounds is what a server does."""
+"""docs/api.md matches the contract, and the defaults and bounds in the contract's comments match the server."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Every block of clients/buf/README.md runs as it stands there, in order, against a real server, and does what the page says."""
+"""Every block of clients/buf/README.md runs unchanged and in order against a real server, with the documented output."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""What docs/compatibility.md promises of img2img.v1: old clients and new servers understand each other, and the reverse."""
+"""The promises of docs/compatibility.md: old clients work with new servers, and new clients with old servers."""
 
 import json
 import shutil

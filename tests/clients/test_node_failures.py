@@ -1,4 +1,4 @@
-"""What the Node client tells of calls that fail, which of them it tries again, and what it refuses to send."""
+"""Errors of the Node client: their fields, which of them are retried, and options refused before sending."""
 
 import re
 

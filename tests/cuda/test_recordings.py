@@ -1,4 +1,4 @@
-"""When and where calls are recorded: before traffic, for the sizes that were asked for, on the thread that replays them."""
+"""Calls are recorded in warm-up, for the configured sizes, on the engine's thread."""
 
 import shutil
 import threading

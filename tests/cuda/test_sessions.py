@@ -1,4 +1,4 @@
-"""What ONNX Runtime's CUDA provider makes of every graph of a bundle: it opens, runs, and can be recorded, in every precision."""
+"""Every graph of a bundle opens, runs and can be recorded with ONNX Runtime's CUDA provider, in every precision."""
 
 import ctypes
 import logging
@@ -185,7 +185,7 @@ def test_the_gpu_image_has_every_library_of_cuda_that_the_provider_loads() -> No
 
 @pytest.mark.parametrize("name", nightly_but(["sd1:fp16", "sdxl:fp16"], "sd1:fp16"))
 def test_every_graph_has_a_trial_size(name: str, bundle: Callable[[str], Path]) -> None:
-    """Else graphs would be served that were never run."""
+    """A graph without one would be served untested."""
     folder = bundle(name)
     sizes = Sizes(folder)
     make = cuda.runners(Execution("cuda", 1), 1, open_session)

@@ -1,4 +1,5 @@
-"""One device for all threads: models come and go beside recordings, memory that ran out comes back, all work is on one stream."""
+"""One device for all threads: models are loaded and unloaded beside recordings, memory is available again after an out of memory,
+and all work is on one stream."""
 
 import logging
 import shutil

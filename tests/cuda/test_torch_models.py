@@ -30,7 +30,7 @@ def request(**settings: Any) -> Request:
 
 
 def test_every_thread_of_a_call_uses_the_shared_stream(pipe: Any) -> None:
-    """What one stream frees, another may still use: so there is one."""
+    """Memory freed on one stream may still be in use on another, so there is only one."""
     streams: list[tuple[str, bool]] = []
 
     def note(*_: Any) -> None:

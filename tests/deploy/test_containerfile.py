@@ -1,4 +1,4 @@
-"""The image: the Containerfile is clean, and says what the server, the lock and the project say."""
+"""The Containerfile is lint-free and matches the server, the lock and the project."""
 
 import argparse
 import fnmatch

@@ -1,4 +1,4 @@
-"""docs/deployment.md names flags, files, variables and numbers that there are."""
+"""docs/deployment.md names only existing flags, files, variables and numbers."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""`img2img health` tells probes what they ask: whether the server serves, over TLS, while it is busy and while it drains."""
+"""`img2img health` for probes: ready, busy and draining servers, with and without TLS."""
 
 import argparse
 import socket

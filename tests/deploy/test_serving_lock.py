@@ -1,4 +1,4 @@
-"""What an image installs is a part of what is tested here, and the bill of materials lists exactly that."""
+"""The container installs a subset of the tested packages, and the SBOM lists exactly those."""
 
 import json
 from importlib import metadata

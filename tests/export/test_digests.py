@@ -1,4 +1,4 @@
-"""The memory of digests: what it says is always true of the file as it is now, and it never stands in the way."""
+"""The digest cache always returns the digest of the file's current content, and its failure never fails an export."""
 
 import hashlib
 import json

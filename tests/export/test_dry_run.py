@@ -1,4 +1,4 @@
-"""`--dry-run`: what it foretells is what the files' headers say, and to know it no weights are loaded, nor downloaded."""
+"""`--dry-run` predicts the bundle from the headers of the files, without loading or downloading weights."""
 
 import dataclasses
 import json

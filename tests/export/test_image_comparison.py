@@ -1,4 +1,5 @@
-"""Whole images: the cases cover what a server is asked for, the judgement is as strict as it says, and the sheet shows it."""
+"""Comparison of whole images: the cases cover a server's requests, the limits are as documented, and the sheet shows the
+images."""
 
 import dataclasses
 import inspect

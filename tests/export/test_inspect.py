@@ -1,4 +1,4 @@
-"""`img2img inspect`: what it says is what the manifest says, and its exit status is whether the bundle is to be trusted."""
+"""`img2img inspect` prints the manifest, and its exit status tells whether the bundle is intact and verified."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""An export that is killed: at whatever moment, it leaves the bundle that was there or none, and nothing else."""
+"""An export killed at any moment leaves the previous bundle or none, and no other files."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""Graphs that tests keep (short_exports.py) are those that torch traces."""
+"""Cached traces of short_exports.py are identical to torch's."""
 
 from collections.abc import Callable
 from pathlib import Path

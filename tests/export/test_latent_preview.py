@@ -1,4 +1,4 @@
-"""Previews: the map that the exporter fits, in the manifest and out again, tells more of an image than its mean colour does."""
+"""Preview weights: fitted by the exporter, stored in the manifest, and better than the mean color."""
 
 import json
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""Progress: each stage and each task is told once, a long task is told of now and then, and each form keeps to its own."""
+"""Progress output: each stage and task is reported once, long tasks at intervals, in each of the formats."""
 
 import io
 import json

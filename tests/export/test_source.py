@@ -1,4 +1,4 @@
-"""What a person may name as a source, what is read of it, and that the digest covers just that."""
+"""Accepted sources, the files that are read of them, and the digest that covers exactly those files."""
 
 import json
 import subprocess

@@ -1,4 +1,5 @@
-"""A denoiser's graph in two computes what it computes whole, and what is rounded in the second half is no angle."""
+"""A denoiser split into two graphs gives the same result, and only the sine and cosine are rounded to bfloat16, never the
+angle."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Classes of pipelines that are refused, before anything of them is read, and what becomes of those that are not."""
+"""Pipeline classes that are refused before any weights are read, and the classes that replace others."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who is let in by a token, how often, how many at a time, and the file that is read again."""
+"""Tokens: authentication, rate and concurrency limits, and reloading of the file."""
 
 import contextlib
 import hashlib

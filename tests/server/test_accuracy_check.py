@@ -1,4 +1,4 @@
-"""The gate: a bundle carries images of diffusers', and only what draws them is let in."""
+"""The accuracy check: a bundle has reference images from diffusers, and only pipelines that reproduce them pass."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What the engine takes and what it refuses: by requests, by seconds of work and by client, and when to come back."""
+"""Admission of the engine: limits on requests, on seconds of work and per client, and the retry delay of a refusal."""
 
 from collections.abc import Callable
 

@@ -136,7 +136,7 @@ def test_image_is_identical_alone_and_in_a_shared_call(
 
 
 def test_kandinsky_negative_prompts_still_cannot_be_batched_in_diffusers(load: Load) -> None:
-    """When one of these fails, diffusers has got better, and the rule can go."""
+    """If this fails, diffusers has been fixed and the batching rule can be removed."""
     pipe: Any = load("kandinsky22")._pipe
     settings = {"strength": 0.6, "num_inference_steps": 4, "width": 64, "height": 48}
     sources, generators = [source_image(0), source_image(1)], [torch.Generator().manual_seed(seed) for seed in (0, 1)]

@@ -86,7 +86,7 @@ def test_each_request_ends_once_with_its_image_if_the_server_is_killed_under_loa
 
 
 def test_kill_during_uploads_tears_no_asset(store: Path, tmp_path: Path) -> None:
-    """What was acknowledged is there, whole; what was not is there whole or not at all."""
+    """Acknowledged assets are complete; others are complete or absent."""
     assets = tmp_path / "assets"
     acknowledged: dict[str, bytes] = {}
     stop = threading.Event()
@@ -234,7 +234,7 @@ def test_failing_model_call_fails_only_its_own_request(store: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("stage", nightly_but(["prepare", "denoise", "finish"], "denoise"))
 def test_hanging_model_call_ends_the_server_and_answers_every_request(stage: str, store: Path, tmp_path: Path) -> None:
-    """Health says so, every caller hears of it, and the process ends with a status of its own."""
+    """Health is not serving, every caller gets an error, and the process exits with its own status."""
     with (
         serving(tmp_path, words(store, "none", "--watchdog", "1")) as server,
         Client(server.target, timeout=SECONDS, retries=None) as client,

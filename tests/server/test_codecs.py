@@ -1,4 +1,4 @@
-"""Codec processes: what they give, what ends them, and that nobody but their own caller notices."""
+"""Codec processes: results, limits and failures, isolated per caller."""
 
 import asyncio
 import io

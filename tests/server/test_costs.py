@@ -1,4 +1,4 @@
-"""What is known of calls' times, what is made of it, its timeline, and the cache: without any model."""
+"""The cost model of calls, warm-up, the timeline and the cache, without a real model."""
 
 import json
 from collections.abc import Sequence

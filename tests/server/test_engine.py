@@ -59,7 +59,7 @@ def test_batch_size_is_limited_in_rows() -> None:
 
 
 def test_no_request_starves() -> None:
-    """A long request of another shape goes on, though short ones never cease to come."""
+    """A long request of another shape progresses while short ones keep arriving."""
     engine, pipeline, _ = make_engine(QueueLimits(max_batch_size=1))
     long = Caller(engine).submit(num_inference_steps=20, image=WIDE)
     passed = 0

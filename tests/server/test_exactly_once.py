@@ -1,9 +1,6 @@
-"""Every accepted request ends exactly once, whatever happens: a state machine drives the engine through random lives.
-
-Arrivals of several clients, cancellations, passing time, failing model calls, memory that runs out, models that are replaced,
-removed and come back, draining, closing and giving up (also in the midst of a call) come in any order that hypothesis can think
-of, against fake pipelines and a clock that is set by hand.
-"""
+"""Every accepted request ends exactly once: a hypothesis state machine drives the engine with random arrivals of several clients,
+cancellations, time, failing model calls, out of memory, replaced and removed models, draining, closing and abandoning (also
+during a call), on fake pipelines and a manual clock."""
 
 from dataclasses import replace
 from typing import cast

@@ -1,4 +1,4 @@
-"""Turns among clients: how long one request takes beside another client's many, on a device with a manual clock."""
+"""Fair queueing between clients: latency of one request beside another client's many, on a device with a manual clock."""
 
 import random
 from collections.abc import Sequence
@@ -105,7 +105,7 @@ def test_deadlines_on_every_request_do_not_starve_others() -> None:
 
 
 def test_eta_accounts_for_fair_queueing() -> None:
-    """What a client's request is told beside another's flood is what it takes: no deadline is refused for the flood's sake."""
+    """The ETA beside another client's flood is accurate, so the flood causes no deadline to be refused."""
     device = Device(40, (20,), max_active=64)
     device.top_up()
     for _ in range(12):

@@ -1,4 +1,4 @@
-"""Fetching addresses: only the public internet is reached, whatever names, spellings, redirects and resolvers are used."""
+"""Fetching URLs reaches only the public internet, whatever the host name, spelling, redirect or resolver."""
 
 import asyncio
 import socket
@@ -172,7 +172,7 @@ async def test_at_most_three_redirects_are_followed() -> None:
 
 
 async def test_dns_rebinding_does_not_reach_forbidden_addresses() -> None:
-    """The address that is connected to is what is checked, however often the name's answer changes."""
+    """The check is on the address of the connection, not on an earlier DNS answer."""
     names = Names(rebound=[["127.0.0.1"], ["127.0.0.2"]])
     async with serving() as site, fetcher(site, names) as web_:
         site.answers["/a.png"] = answer(body=png())

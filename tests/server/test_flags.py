@@ -1,4 +1,4 @@
-"""From what an operator says to `img2img serve` to its configuration: flags, their errors, and `--print-config`."""
+"""From the command line of `img2img serve` to its configuration: flags, their errors, and `--print-config`."""
 
 import argparse
 import subprocess

@@ -1,7 +1,7 @@
-"""Every RPC of every service, given anything at all: a status that is documented, and a server that is as well as before.
+"""Every RPC of every service with arbitrary messages: the status is documented, and the server stays healthy.
 
-hypothesis makes the messages from the descriptors (tests/fuzzing.py): valid ones, nearly valid ones, and bytes that are none.
-`scripts/fuzz` does the same for longer, guided by coverage; server and rules are its.
+hypothesis makes valid, nearly valid and invalid messages from the descriptors (tests/fuzzing.py). `scripts/fuzz` does the same
+for longer, guided by coverage.
 """
 
 import contextlib

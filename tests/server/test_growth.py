@@ -1,6 +1,6 @@
-"""What the engine does for a step, a new request, a cancelled one and news does not grow with how many requests wait.
+"""The engine's work per step, arrival, cancellation and progress update does not grow with the number of waiting requests.
 
-Counted are the lines of the engine's code that run, not seconds: with 2000 waiting requests there may be few more than with 100.
+It is counted in executed lines of the engine's code, not seconds: 2000 waiting requests may take few more than 100.
 """
 
 import sys

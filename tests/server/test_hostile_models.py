@@ -1,5 +1,5 @@
-"""Models that are made to take the machine's memory, to hang what reads them, or to reach files outside: refused by one sentence
-that names the file. What is in use passes."""
+"""Models crafted to exhaust memory, to hang a parser or to reach files outside are refused with an error that names the file.
+Real models pass."""
 
 import base64
 import json

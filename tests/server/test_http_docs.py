@@ -1,4 +1,4 @@
-"""docs/http.md: its programs run as they stand there, and its tables say what the code says."""
+"""docs/http.md: its programs run unchanged, and its tables match the code."""
 
 import base64
 import io

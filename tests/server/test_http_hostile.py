@@ -1,4 +1,4 @@
-"""What hostile HTTP clients may send, and how long they may take: refused early, within bounds of memory and time."""
+"""Hostile HTTP clients are refused early, within limits of memory and time."""
 
 import asyncio
 import contextlib
@@ -423,7 +423,7 @@ FLOODS = {
 
 @pytest.mark.parametrize("name", FLOODS)
 async def test_parsing_hostile_bodies_takes_bounded_work(name: str) -> None:
-    """A megabyte of anything is given up early, or is data: its parts take a bounded number of calls."""
+    """A megabyte of any content is refused early or parsed as data, with a bounded number of Python calls."""
     calls = 0
 
     def count(frame: object, event: str, argument: object) -> None:

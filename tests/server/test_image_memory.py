@@ -1,4 +1,4 @@
-"""One account of the memory for images: who is refused, and that what was held is given back."""
+"""The budget of memory for images: which calls are refused, and that memory is released."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""A device that computes on its own: the next step is asked for before the last is waited for, which requests then hear of."""
+"""An asynchronous device: the next step is submitted before the previous one is waited for and reported."""
 
 import threading
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""KServe v2 by Triton's own client, unchanged: what it asks, and that its transforms are those of img2img.v1."""
+"""KServe v2 with Triton's own client: descriptions, inputs, outputs and parameters, with the same results as img2img.v1."""
 
 import base64
 import dataclasses
@@ -315,7 +315,7 @@ def test_a_request_without_a_model_is_refused(stub: Any) -> None:
 
 
 def test_priority_is_ignored_and_sequences_are_refused(client: Any) -> None:
-    """There is no state between requests; and clients take turns, whatever their priority."""
+    """There is no state between requests, and clients are queued fairly regardless of priority."""
     for priority in (3, 2**64 - 1):
         assert client.infer("m", [image_input()], priority=priority).as_numpy("seed").shape == (1,)
     status, told = refused(lambda: client.infer("m", [image_input()], sequence_id=1, sequence_start=True))

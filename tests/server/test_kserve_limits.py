@@ -1,4 +1,4 @@
-"""What ends or refuses a request of KServe's: timeouts, deadlines, cancellation and a full queue, each as in img2img.v1."""
+"""Timeouts, deadlines, cancellation and a full queue for KServe requests, as in img2img.v1."""
 
 import queue
 import threading

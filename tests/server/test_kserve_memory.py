@@ -1,4 +1,4 @@
-"""What a request of KServe's held is gone with it, and not when Python looks for cycles: an image may be 100 MB."""
+"""Memory of a KServe request is freed with it, without waiting for the garbage collector: an image may be 100 MB."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""KServe's tensors: raw and typed contents say the same, and whatever is malformed is named."""
+"""KServe tensors: raw and typed contents are equivalent, and malformed ones are named."""
 
 import struct
 from typing import Any

@@ -1,4 +1,4 @@
-"""The life of the server's process: what signals, and an engine that is stuck, do to it and to its callers."""
+"""The server's process: signals during startup, serving, draining and hanging calls, and a stuck engine."""
 
 import signal
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Clients cannot fill the log: lines of one kind are counted beyond a bound, whoever causes them, and metrics count all."""
+"""Clients cannot flood the log: repeated lines are suppressed and counted, and metrics count every call."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""What a mask changes in the engine's steps: for requests with one only, in operations that do not grow with their number."""
+"""Masks in the engine's steps: only requests with a mask pay for them, with a constant number of operations."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_source_is_encoded_once_for_different_masks(pipeline: Any, monkeypatch: 
 
 
 def test_failed_blend_leaves_states_unchanged_and_fails_one_request(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory may run out before a step. Each request is then tried alone, and goes on where it was."""
+    """If memory runs out before a step, each request is retried alone from its current state."""
     kept_latents = masking.kept_latents
 
     def scarce(blends: Sequence[Any], steps: Sequence[int]) -> Any:

@@ -1,4 +1,4 @@
-"""What a model takes is given back when it is unloaded: a real one, in a process of its own, again and again."""
+"""Unloading a real model frees its memory, repeatedly, in a process of its own."""
 
 import json
 import os
@@ -74,8 +74,8 @@ asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))
 
 @pytest.mark.parametrize("name", ["sd1", "demo", "sana-sprint"])
 def test_unloading_a_model_releases_its_memory(name: str, bundle: Callable[[str], Path], tmp_path: Path) -> None:
-    """Stepped by the engine and run whole, on graphs and in PyTorch. Nothing refers to a pipeline that was unloaded, and from
-    the second cycle on the process does not grow by what a leak would be."""
+    """Stepped and opaque, on graphs and in PyTorch: nothing refers to an unloaded pipeline, and from the second cycle on the
+    process does not grow by the size of a leak."""
     store = tmp_path / "store"
     store.mkdir()
     (store / name).symlink_to(bundle(name))

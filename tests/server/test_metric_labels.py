@@ -1,4 +1,4 @@
-"""What a registry holds, without a server: labels that come to an end, and what is asked of the parts of a server."""
+"""Metrics without a server: bounded labels, and gauges over the parts of a server."""
 
 import sys
 import threading
@@ -40,7 +40,7 @@ def test_cache_and_process_metrics_are_reported() -> None:
 
 
 def test_unloaded_model_reports_no_memory() -> None:
-    """What it took is remembered, for the next time that room is made for it."""
+    """Its last size is still remembered for the next load."""
     models = store(m=FakePipeline())
     metrics, codecs = Metrics(), Codecs(1, 1, ImageMemory(1000))
     metrics.registry.register(Gauges(Engine({}), models, None, AssetStore(AssetSettings()), codecs))
@@ -112,7 +112,7 @@ def test_names_follow_prometheus_conventions() -> None:
 
 
 def test_hanging_scrape_does_not_block_counting() -> None:
-    """A scrape that hangs in the middle, as the engine's lock is held, holds up nobody who counts."""
+    """A scrape may block on the engine's lock; counting must not."""
     asked, leave = threading.Event(), threading.Event()
 
     class Slow:

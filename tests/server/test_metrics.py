@@ -1,4 +1,4 @@
-"""Metrics: what happened is what they count, there is no end to nothing, and the documentation has them all."""
+"""Metrics count what happened, have bounded labels, and are all documented."""
 
 import math
 import socket

@@ -1,4 +1,4 @@
-"""What happens in a shared call: who lags, leaves, fails or has no room. On a pipeline without a model."""
+"""Shared calls of opaque pipelines: requests that lag, are cancelled, fail or exceed memory, on a pipeline without a model."""
 
 import threading
 from collections.abc import Iterator
@@ -109,7 +109,7 @@ def test_request_that_lags_behind_catches_up_without_computing() -> None:
 
 
 def test_opaque_pipeline_is_not_measured_in_warm_up() -> None:
-    """Steps that are asked for again are not computed again: to time them would say that they take nothing."""
+    """Repeated steps are not computed again, so timing them would measure nothing."""
     pipeline, pipe = whole()
     costs = Costs()
     costs.adopt("m", WarmUp(8, 60.0).measure("m", pipeline))

@@ -1,6 +1,6 @@
-"""What comes out of the server is what diffusers gives for the same seed, to 1/255. The oracle runs in the same test.
+"""The server's images match diffusers' for the same seed within 1/255.
 
-Each case goes the whole way: client, gRPC, engine, ONNX Runtime, PNG.
+diffusers runs in the same test, and each case goes through client, gRPC, engine, ONNX Runtime and PNG.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Where images come from: what their files say of it, and that a file is enough to make the image again."""
+"""Provenance of images: the record in each file, and reproducing an image from its file."""
 
 import datetime
 import io

@@ -1,4 +1,4 @@
-"""The queue's order is that of sorting all waiting requests, whatever came, left or changed before; its sums are sums."""
+"""The queue's order equals a full sort of the waiting requests after any arrivals, departures and changes; its sums are exact."""
 
 import itertools
 import random

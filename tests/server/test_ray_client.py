@@ -1,4 +1,4 @@
-"""Calls through a Ray Serve handle: what is given up is cancelled there, and what Ray says of the lost means one thing."""
+"""Calls through a Ray Serve handle: cancelled calls are cancelled at the replica, and errors of lost replicas are unified."""
 
 import asyncio
 from collections.abc import AsyncIterator, Generator

@@ -1,4 +1,4 @@
-"""The front over replicas that do what a test tells them: each request has one ending, whatever becomes of who runs it."""
+"""The front over scripted replicas: each request ends exactly once, whatever happens to its replica."""
 
 import asyncio
 import math
@@ -198,7 +198,7 @@ async def test_lost_slow_replica_is_removed_at_the_next_poll() -> None:
 
 
 async def test_stuck_replica_is_not_counted() -> None:
-    """It has work for ever: no figure to add to others', nor to tell callers to wait for."""
+    """Its work is infinite, so it must not be added to the others' nor used for a retry delay."""
     stuck = Load(math.inf, 0, 0, ())
     async with rig(max_waiting_seconds=10.0) as it:
         loads(it, stuck, Load(2.0, 1, 0, ("m",)))

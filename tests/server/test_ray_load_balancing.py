@@ -1,4 +1,4 @@
-"""Which replica a request goes to: where its model is, then where the least work is, as told and as sent since."""
+"""Choice of a replica: one that has the model, then the least work, from reports and from requests sent since."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_work_sent_since_the_last_report_counts_until_the_next_one() -> None:
 
 
 def test_repeated_report_does_not_reset_sent_work() -> None:
-    """Ray gives the router what it told last with each change of any replica."""
+    """Ray repeats the last report to the router with each change of any replica."""
     standing = _standing(4.0, 2)
     standing.sent += 1
     standing.update(stats_of(4.0, 2, ["m"]))

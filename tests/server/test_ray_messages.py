@@ -1,4 +1,4 @@
-"""What passes between processes arrives as it was sent: errors with all they know, images to the last bit."""
+"""Messages between processes survive pickling: errors with all attributes, images unchanged."""
 
 import inspect
 import pickle

@@ -1,4 +1,4 @@
-"""A replica, in this process: it answers as a server of one machine does, and what is given up is given up at its engine."""
+"""A replica in this process behaves like a single server, and cancelled calls are cancelled in its engine."""
 
 import asyncio
 import threading

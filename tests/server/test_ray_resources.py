@@ -1,4 +1,4 @@
-"""What a replica gets of a machine, and in which of their settings servers of one application must agree."""
+"""The share of a machine that a replica gets, and the settings that servers of one application must have in common."""
 
 import pickle
 from dataclasses import replace

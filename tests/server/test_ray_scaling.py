@@ -1,4 +1,4 @@
-"""How many replicas there should be, by the seconds of work that they tell."""
+"""The number of replicas follows the reported seconds of queued work."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""What strangers cannot do: use up a connection's server, leave the store of models, or learn what is inside."""
+"""Untrusted clients cannot exhaust connections, escape the model store, or learn internals."""
 
 import asyncio
 import contextlib
@@ -202,7 +202,7 @@ ESCAPES = ("..", "../outside", "inside/../../outside", "./inside/../../outside",
 
 
 def test_model_path_cannot_escape_the_store(folders: Path) -> None:
-    """Not even to tell whether there is something: an answer is the same for what exists and what does not."""
+    """The error is the same for existing and missing files."""
     with serving(folders / "store") as channel:
         stub, models = ImageToImageServiceStub(channel), ModelServiceStub(channel)
         assert stub.Transform(request(model=pb.ModelReference(path="inside")), timeout=120).model_id == "inside"

@@ -1,4 +1,4 @@
-"""Which provider runs a graph: asked for openly, or refused. The options of GPUs are built here, not run."""
+"""The provider of a graph is the requested one, or an error. Options for GPUs are built here, not run."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""What becomes of a source before a model gets it, and the sizes that models set: diffusers' own functions are the oracle."""
+"""How a source is resized for a model, and the sizes that models choose: diffusers' own functions are the oracle."""
 
 import itertools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a server imports until it serves: modules are counted, since seconds depend on the machine."""
+"""Modules that a server imports until it serves: counted, since seconds depend on the machine."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""How a server starts: it listens first, says what is wrong before it loads anything, and serves what can be served."""
+"""Startup of a server: it listens first, reports errors before it loads models, and serves the models that work."""
 
 import asyncio
 import functools

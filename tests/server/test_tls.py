@@ -1,4 +1,4 @@
-"""TLS on the port: who is let in, renewal while running, and what may be listened on without it."""
+"""TLS on the port: client certificates, renewal while running, and addresses that need no TLS."""
 
 import contextlib
 import logging
@@ -225,7 +225,7 @@ def test_broken_renewal_keeps_the_old_certificate_and_is_logged_once(
 
 
 def test_client_authority_is_reloaded(tmp_path: Path, authority: trustme.CA) -> None:
-    """Who was let in yesterday is not today, though their TLS session could be resumed."""
+    """A client of the old authority is refused, although its TLS session could be resumed."""
     before, after = trustme.CA(), trustme.CA()
     clients = tmp_path / "clients.pem"
     clients.write_bytes(before.cert_pem.bytes())

@@ -1,4 +1,4 @@
-"""Tokens at a real server: what needs one, and how long a call counts."""
+"""Tokens at a real server: which calls need one, and how long a call counts."""
 
 import contextlib
 import threading
@@ -147,7 +147,7 @@ def test_messages_of_refused_calls_are_not_read(path: Path) -> None:
 
 
 def test_call_counts_before_its_message_is_received(path: Path) -> None:
-    """Else who may have one call in progress could have the server hold the images of a thousand."""
+    """Otherwise a token with one concurrent call could make the server hold a thousand images."""
     secret = grant(path, "alice", concurrency=1)
     gone = threading.Event()
 

@@ -1,4 +1,4 @@
-"""`img2img token`: a token is shown once, and what is kept lets nobody in."""
+"""`img2img token`: a token is shown once, and only its hash is stored."""
 
 import hashlib
 import stat

@@ -1,4 +1,4 @@
-"""The file of tokens: what is written is read, and what will not do is an error that says where."""
+"""The token file: it round-trips, and errors name file and key."""
 
 import contextlib
 from datetime import UTC, datetime

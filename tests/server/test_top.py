@@ -1,4 +1,4 @@
-"""`img2img top`: two readings make rates and means, and it is shown on any terminal, or says why not."""
+"""`img2img top`: rates and means of two readings, shown on any terminal."""
 
 import io
 import json

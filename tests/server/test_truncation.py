@@ -1,4 +1,5 @@
-"""What a model's tokenizers drop of a text is told, for each tokenizer, by what diffusers itself gives to its text encoders."""
+"""Truncated prompt text is reported for each tokenizer; the expectation is the text that diffusers passes to its text
+encoders."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A real server that is full: health and reflection answer, and whoever is one too many is told so at once."""
+"""A real server at full load: health and reflection respond, and excess requests are refused at once."""
 
 import threading
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Configurations that may lead to code are refused, wherever the key is and however it is spelled; those in use pass."""
+"""Configurations that could load code are refused at any nesting and spelling; those of real models pass."""
 
 import json
 import shutil

@@ -1,6 +1,6 @@
-"""A model file must not run code: pickles and Python that somebody planted in a bundle are never opened, whatever it says.
+"""A model must not run code: pickles and Python planted in a bundle are never opened.
 
-Each bundle here is one that loads, but for what was planted. What was planted leaves a mark when it is run, which is tried too.
+Each bundle here loads apart from the planted files, and these leave a mark if they are run, which is tested too.
 """
 
 import contextlib

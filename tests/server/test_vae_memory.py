@@ -1,4 +1,5 @@
-"""What a VAE's calls may take: batches are divided, large images are tiled as diffusers does, and what fits is left as it was."""
+"""Memory limit of VAE calls: batches are split, large images are tiled as in diffusers, and calls within the limit are
+unchanged."""
 
 import inspect
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""An engine whose thread does not come back from the device: noticed, told to everybody who waits, and never ended twice."""
+"""An engine thread stuck in the device is detected, reported to every waiting caller, and its requests end exactly once."""
 
 import asyncio
 import logging
