@@ -124,3 +124,27 @@ def test_a_preview_shows_the_source_outside_the_mask(pipeline: Any) -> None:
     for original in drawn:
         assert torch.equal(original[..., 4:], kept[..., 4:])
         assert not torch.allclose(original[..., :4], kept[..., :4], atol=0.1)
+
+
+def test_masked_sources_of_requests_that_arrive_together_are_encoded_in_one_call(
+    bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again for none: they are cached by source and mask."""
+    pipeline: Any = load_pipeline(bundle("sd-inpaint"), read_manifest(bundle("sd-inpaint")), Execution("cpu"), Cache(2**24))
+    rows, encode = [], pipeline._encoder._encode_pixels
+
+    def encode_pixels(pixels: torch.Tensor) -> torch.Tensor:
+        rows.append(len(pixels))
+        encoded: torch.Tensor = encode(pixels)
+        return encoded
+
+    monkeypatch.setattr(pipeline._encoder, "_encode_pixels", encode_pixels)
+    requests = [asked(half()), asked(half(left=False), 2), asked(half(), 3)]
+    first, other, same = pipeline.prepare(requests)
+    assert rows == [1, 2], "one source, and two of its masked versions"
+    given = [state.conditioning["inpainting"] for state in (first, other, same)]
+    assert not torch.equal(given[0], given[1])
+    assert all(
+        torch.equal(state.conditioning["inpainting"], one) for state, one in zip(pipeline.prepare(requests), given, strict=True)
+    )
+    assert rows == [1, 2]

@@ -3,11 +3,13 @@
 The order of calls is that of StableDiffusionInpaintPipeline.__call__ and StableDiffusionXLInpaintPipeline.__call__.
 """
 
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from img2img_server.engine.request import Request
+from img2img_server.engine.request import Mask, Request
 from img2img_server.runtime.common.pipe import view_of
 from img2img_server.runtime.diffusion.masking import default_mask, mask_latents
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
@@ -35,13 +37,19 @@ class StableDiffusionInpainting(StableDiffusion):
         )  # fmt: skip
         return latents
 
-    def _mask_conditioning(self, request: Request, latents: torch.Tensor, generators: list[torch.Generator]) -> Conditioning:
-        mask = request.mask or default_mask(request.result_size)
-        (image,) = self._encoder.masked_images([request], [mask])
-        pipe = view_of(self._pipe, vae=Encoded(self._pipe.vae, image))
+    def _images(self, requests: Sequence[Request]) -> list[SimpleNamespace]:
+        images = super()._images(requests)
+        for image, masked in zip(images, self._encoder.masked_images(requests, list(map(_mask, requests))), strict=True):
+            image.masked = masked
+        return images
+
+    def _mask_conditioning(
+        self, request: Request, image: SimpleNamespace, latents: torch.Tensor, generators: list[torch.Generator]
+    ) -> Conditioning:
+        pipe = view_of(self._pipe, vae=Encoded(self._pipe.vae, image.masked))
         stand_in = torch.empty(len(latents), 3, 1, 1, dtype=latents.dtype, device=latents.device)
         masked = pipe._encode_vae_image(stand_in, generators)
-        redrawn = mask_latents(mask.image, latents).expand(len(latents), -1, -1, -1)
+        redrawn = mask_latents(_mask(request).image, latents).expand(len(latents), -1, -1, -1)
         rows = torch.cat([redrawn, masked.to(latents.dtype)], dim=1)
         return {_INPUT: torch.cat([rows, rows]) if self._is_guided(request) else rows}
 
@@ -52,3 +60,7 @@ class StableDiffusionInpainting(StableDiffusion):
 
 class StableDiffusionXLInpainting(StableDiffusionInpainting, StableDiffusionXL):
     """An inpainting model of SDXL."""
+
+
+def _mask(request: Request) -> Mask:
+    return request.mask or default_mask(request.result_size)

@@ -120,7 +120,7 @@ class SteppedPipeline(ABC):
         choices = [self._loras.choice(request) for request in requests]
         with PinnedCopies():
             embeddings = self._embed(requests, choices)
-            images = self._encoder.images(requests)
+            images = self._images(requests)
             states = [self._begin(*parts) for parts in zip(requests, schedulers, embeddings, images, strict=True)]
         for state, choice in zip(states, choices, strict=True):
             state.choice = choice
@@ -243,7 +243,7 @@ class SteppedPipeline(ABC):
             _draw_again(generators, image, noise)
             blend = Blend.of(request.mask.image, original, noise, cached_scheduler.levels, self._layout)
         conditioning = self._conditioning(request, positive, negative) | self._more_conditioning(pipe, request, latents)
-        conditioning |= self._mask_conditioning(request, latents, generators)
+        conditioning |= self._mask_conditioning(request, image, latents, generators)
         # Converted once here instead of in each step.
         conditioning = {name: tensor.to(self._types.get(name, tensor.dtype)) for name, tensor in conditioning.items()}
         state = DiffusionState(
@@ -339,8 +339,14 @@ class SteppedPipeline(ABC):
         """Latents as `prepare_latents` adds noise to them, as a state has them: [n, C, h, w]."""
         return latents
 
-    def _mask_conditioning(self, request: Request, latents: torch.Tensor, generators: list[torch.Generator]) -> Conditioning:
-        """The denoiser's inputs for the request's mask, if it has any."""
+    def _images(self, requests: Sequence[Request]) -> list[SimpleNamespace]:
+        """The output of the VAE's encoder for each request's image, encoded together."""
+        return self._encoder.images(requests)
+
+    def _mask_conditioning(
+        self, request: Request, image: SimpleNamespace, latents: torch.Tensor, generators: list[torch.Generator]
+    ) -> Conditioning:
+        """The denoiser's inputs for the request's mask, if it has any. `image` is the one of `_images`."""
         return {}
 
     def _pure_noise(self, latents: torch.Tensor, noise: torch.Tensor, scheduler: Any) -> torch.Tensor:
