@@ -96,11 +96,11 @@ def refuse_part(path: object, tensors: Mapping[str, TensorInfo]) -> None:
         compiled = re.compile(pattern)
         if (found := sum(compiled.fullmatch(name) is not None for name in tensors)) and _is_most(found, tensors):
             raise ExportError(f"{path} is {what}: {advice.format(path=path)}")
-    if tensors and all(_EMBEDDING.fullmatch(name) for name in tensors) and not _parts(tensors) - {"text encoders"}:
+    found_parts = _parts(tensors)
+    if tensors and all(_EMBEDDING.fullmatch(name) for name in tensors) and not found_parts - {"text encoders"}:
         raise ExportError(
             f"{path} is a textual inversion embedding, not a model: img2img does not support it; {_BASE} without it"
         )
-    found_parts = _parts(tensors)
     missing = [what for what, _ in _PARTS if what not in found_parts]
     if not found_parts:
         names = ", ".join(sorted(tensors)[:3]) or "none"

@@ -57,6 +57,11 @@ class _Gaussian:
         return self.mean
 
 
+def decode_shifted(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The pixels [n, 3, H, W] of latents [n, C, h, w] that were shifted and scaled, as those of Stable Diffusion 3 and Flux."""
+    return torch.as_tensor(vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0])
+
+
 _SHARE = 4
 """A call may take one part in this many of all memory by default."""
 _LIVE = 3

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from img2img_server.engine.request import Request
+from img2img_server.runtime.common.vae import decode_shifted
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.tokens import TokenPipeline, TrulyGuidedPipeline
 from img2img_server.runtime.schedulers.flow import EditSchedulers, Flux2Schedulers
@@ -105,6 +106,4 @@ class FluxKontext(TrulyGuidedPipeline):
         return tokens
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        vae = self._pipe.vae
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return torch.as_tensor(vae.decode(latents, return_dict=False)[0])
+        return decode_shifted(self._pipe.vae, latents)

@@ -6,6 +6,7 @@ import torch
 
 from img2img_server.engine.request import Plan, Request
 from img2img_server.errors import InvalidField
+from img2img_server.runtime.common.vae import decode_shifted
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
@@ -48,6 +49,4 @@ class StableDiffusion3(SteppedPipeline):
         return state.latents - float(config.shift_factor * config.scaling_factor)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        vae = self._pipe.vae
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return torch.as_tensor(vae.decode(latents, return_dict=False)[0])
+        return decode_shifted(self._pipe.vae, latents)

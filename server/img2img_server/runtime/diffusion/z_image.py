@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from img2img_server.engine.request import Request
+from img2img_server.runtime.common.vae import decode_shifted
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.state import Conditioning
 from img2img_server.runtime.diffusion.tokens import TokenPipeline
@@ -50,6 +51,4 @@ class ZImage(TokenPipeline):
         return torch.cat([unpatched(tokens.T, shape).transpose(0, 1) for tokens in latents[..., 0]])
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        vae = self._pipe.vae
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return torch.as_tensor(vae.decode(latents, return_dict=False)[0])
+        return decode_shifted(self._pipe.vae, latents)
