@@ -25,9 +25,7 @@ def noise(width: int = 24, height: int = 16) -> Image.Image:
 
 
 @given(st.tuples(SIDES, SIDES, SIDES, SIDES).filter(any), st.integers(0, 30))
-def test_outpainting_canvas_keeps_the_image_repeats_edges_and_masks_the_border(
-    sides: tuple[int, int, int, int], overlap: int
-) -> None:
+def test_outpainting_canvas_repeats_edges_and_masks_the_border(sides: tuple[int, int, int, int], overlap: int) -> None:
     left, top, right, bottom = sides
     image = noise()
     canvas, mask = expand(image, Margins(*sides), overlap)

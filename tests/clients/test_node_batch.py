@@ -154,7 +154,7 @@ def test_abort_signal_ends_the_batch_even_while_waiting_for_requests(node: Path,
         assert process.wait(PATIENCE) == 0
 
 
-def test_requests_without_a_result_are_sent_to_another_server_if_theirs_stops(node: Path) -> None:
+def test_unfinished_requests_are_resent_to_another_server(node: Path) -> None:
     pipelines = FakePipeline(), FakePipeline()
     begun, may_run = threading.Semaphore(0), threading.Semaphore(60)
 

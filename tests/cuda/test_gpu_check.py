@@ -85,7 +85,7 @@ def test_requests_after_an_out_of_memory_succeed(settings: Settings) -> None:
     assert (lines["kept by the failed request"].value or 0) < 64  # MiB; below 0: the arenas gave back more than they held before
 
 
-def test_without_a_library_preflight_names_it_in_one_line(filled: Settings, tmp_path: Path) -> None:
+def test_preflight_names_a_missing_library_in_one_line(filled: Settings, tmp_path: Path) -> None:
     """As where cuDNN was not installed; the sections that follow are not tried."""
     libraries = tmp_path / "lib"
     libraries.mkdir()

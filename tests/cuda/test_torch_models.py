@@ -45,9 +45,7 @@ def test_every_thread_of_a_call_uses_the_shared_stream(pipe: Any) -> None:
     assert all(shared for _, shared in streams)
 
 
-def test_compiled_modules_are_recorded_on_a_gpu_and_outputs_are_outside_graph_memory(
-    pipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_modules_are_recorded_with_outputs_outside_graph_memory(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     outputs: set[int] = set()
     steps = 0

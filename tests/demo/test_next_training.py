@@ -47,9 +47,7 @@ def test_evened_latents_have_unit_spread_and_the_same_reconstructions() -> None:
     assert vae.config.scaling_factor == 1
 
 
-def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_training_gives_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels, unseen = make_posters(1, 3, 32, workers=1).pixels, unseen_posters(1, size=32)
     with torch.random.fork_rng():
         whole = train_autoencoder(pixels, unseen, RECIPE, tmp_path / "whole").state_dict()
@@ -90,7 +88,7 @@ def test_ddim_with_a_perfect_predictor_follows_the_training_pair() -> None:
         sample = scheduler.step(velocity, int(step), sample).prev_sample
 
 
-def test_the_velocity_of_a_batch_gives_a_target_of_the_right_image() -> None:
+def test_velocity_target_of_a_batch_solves_to_a_known_image() -> None:
     data, alphas = tiny_data(), build_scheduler().alphas_cumprod
     batch = draw_batch(data, alphas, Mixture(batch=64), 2, torch.Generator().manual_seed(1))
     alpha = alphas[batch.timesteps][:, None, None, None]

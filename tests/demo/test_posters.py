@@ -11,7 +11,7 @@ from scenes import DEFAULT_PROMPT, MOODS, Scene, all_scenes, default_caption, dr
 SIZE = 64
 
 
-def test_a_seed_gives_the_same_image_again_and_another_seed_another() -> None:
+def test_rendering_is_deterministic_per_seed() -> None:
     assert render(5, size=SIZE).tobytes() == render(5, size=SIZE).tobytes()
     assert render(5, size=SIZE).tobytes() != render(6, size=SIZE).tobytes()
 

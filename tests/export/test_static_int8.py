@@ -227,9 +227,7 @@ def precisions(manifest: Manifest) -> dict[str, str]:
     return {part.name: part.precision for part in manifest.components}
 
 
-def test_unet_and_decoder_become_static_int8_except_for_the_layers_in_the_manifest(
-    tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_unet_and_decoder_are_static_int8_except_for_listed_layers(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     manifest = export(tiny_model, tmp_path / "out")
     assert precisions(manifest) == {"text_encoder": "int8", "unet": "int8", "vae_encoder": "fp32", "vae_decoder": "int8"}
     parts = {part.name: part for part in manifest.components}

@@ -24,7 +24,7 @@ def test_pages_of_other_origins_are_refused(address: str) -> None:
     ("method", "path"),
     [("GET", "/"), ("PUT", "/tabs/guessed/source"), ("GET", "/_nicegui_ws/socket.io/?EIO=4&transport=polling")],
 )
-def test_a_page_of_another_origin_gets_no_answer(address: str, method: str, path: str) -> None:
+def test_request_from_another_origin_is_refused(address: str, method: str, path: str) -> None:
     host = address.removeprefix("http://")
     for origin in (
         "https://evil.example",

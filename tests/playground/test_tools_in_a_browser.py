@@ -141,7 +141,7 @@ async def test_presets_can_be_applied_undone_stored_and_deleted(visitor: Visitor
     assert json.loads(str(await visitor.page.evaluate("localStorage.getItem('img2img.presets')"))) == {}
 
 
-async def test_a_dropped_result_brings_its_settings_back(visitor: Visitor) -> None:
+async def test_dropping_a_result_restores_its_settings(visitor: Visitor) -> None:
     prompt, seed = visitor.page.get_by_label("Prompt", exact=True), visitor.page.get_by_label("Seed", exact=True)
     await visitor.choose()
     await prompt.fill('a "quoted" prompt, with € and line\nbreak')

@@ -62,7 +62,7 @@ def test_without_a_token_file_every_client_is_allowed_and_named_by_address() -> 
     assert (admitted.admin, admitted.authenticated) == (True, False)
 
 
-def test_a_token_gives_its_name_its_models_and_its_rights(path: Path) -> None:
+def test_token_grants_its_name_models_and_admin_right(path: Path) -> None:
     alice = grant(path, "alice", models=("sd*", "demo"))
     root = grant(path, "root", admin=True)
     gate = open_gate(path)

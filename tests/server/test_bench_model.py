@@ -71,7 +71,7 @@ def test_the_ratio_compares_times_of_the_same_round() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"), [([5.0], (5, 5, 5)), ([4.0, 1.0, 3.0, 2.0, 5.0], (2, 3, 4)), ([1.0, 2.0], (1.25, 1.5, 1.75))]
 )
-def test_quartiles_lie_between_neighbours(values: list[float], expected: tuple[float, ...]) -> None:
+def test_quartiles_are_interpolated(values: list[float], expected: tuple[float, ...]) -> None:
     assert quartiles(values) == pytest.approx(expected)
 
 

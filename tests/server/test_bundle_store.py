@@ -134,7 +134,7 @@ def test_an_unknown_default_is_an_error(tmp_path: Path) -> None:
         (lambda bundle: make_bundle(bundle, passed=False), "did not pass verification"),
     ],
 )
-def test_a_damaged_bundle_is_refused_with_the_reason_and_the_others_are_served(tmp_path: Path, damage: object, why: str) -> None:
+def test_damaged_bundle_is_refused_and_others_are_served(tmp_path: Path, damage: object, why: str) -> None:
     make_bundle(tmp_path / "good")
     damage(make_bundle(tmp_path / "bad"))  # type: ignore[operator]
     assert why in problem(tmp_path)

@@ -321,7 +321,7 @@ def test_multi_picture_jpeg_decodes_to_its_first_image() -> None:
     assert_is(decoded(data), image())
 
 
-def test_an_animated_png_whose_frames_are_malformed_gives_its_default_image() -> None:
+def test_animated_png_with_malformed_frames_decodes_to_its_default_image() -> None:
     control = chunk(b"acTL", struct.pack(">LL", 2, 0))
     frame = chunk(b"fcTL", struct.pack(">LLLLLHHBB", 7, 999, 999, 5, 5, 1, 1, 0, 0))
     assert_is(decoded(in_png(control, frame)), image())

@@ -49,14 +49,14 @@ def pipes(request: pytest.FixtureRequest, bundle: Callable[[str], Path]) -> tupl
     return light, own
 
 
-def test_prompts_become_the_same_tensors(pipes: tuple[Any, Any]) -> None:
+def test_prompt_embeddings_match_diffusers(pipes: tuple[Any, Any]) -> None:
     named = {"prompt": list(TEXTS), "device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     light, own = ([part for part in pipe.encode_prompt(**named) if part is not None] for pipe in pipes)
     assert len(light) == len(own) > 0
     assert all(torch.equal(one, other) for one, other in zip(light, own, strict=True))
 
 
-def test_first_latents_are_the_same(pipes: tuple[Any, Any]) -> None:
+def test_initial_latents_match_diffusers(pipes: tuple[Any, Any]) -> None:
     drawn = []
     for pipe in pipes:
         view = copy.copy(pipe)
@@ -69,7 +69,7 @@ def test_first_latents_are_the_same(pipes: tuple[Any, Any]) -> None:
     assert torch.equal(*drawn)
 
 
-def test_timesteps_and_the_first_step_are_the_same(pipes: tuple[Any, Any]) -> None:
+def test_timesteps_and_first_step_match_diffusers(pipes: tuple[Any, Any]) -> None:
     for strength in (0.1, 0.55, 1.0):
         found = []
         for pipe in pipes:
@@ -83,7 +83,7 @@ def test_timesteps_and_the_first_step_are_the_same(pipes: tuple[Any, Any]) -> No
         assert not found or found[0] == found[1]
 
 
-def test_guidance_and_sizes_become_the_same_inputs(pipes: tuple[Any, Any]) -> None:
+def test_guidance_and_size_inputs_match_diffusers(pipes: tuple[Any, Any]) -> None:
     light, own = pipes
     scales = torch.tensor([0.0, 6.5])
     for width in (7, 8):
@@ -98,7 +98,7 @@ def test_guidance_and_sizes_become_the_same_inputs(pipes: tuple[Any, Any]) -> No
             light._get_add_time_ids(*sizes, torch.float32, width + 1)
 
 
-def test_what_the_server_reads_of_a_pipeline_is_the_same(pipes: tuple[Any, Any]) -> None:
+def test_attributes_read_by_the_server_match_diffusers(pipes: tuple[Any, Any]) -> None:
     light, own = pipes
     assert request_fields(light) == request_fields(own)
     assert source_rule(light) == source_rule(own)
@@ -119,7 +119,7 @@ def test_old_scheduler_settings_are_corrected(bundle: Callable[[str], Path], tmp
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_texts_have_transformers_tokens(bundle: Callable[[str], Path], text: str) -> None:
+def test_clip_tokens_match_transformers(bundle: Callable[[str], Path], text: str) -> None:
     folder = bundle("sd1") / "tokenizer"
     light, own = clip_tokenizer.read(folder), CLIPTokenizer.from_pretrained(folder)
     assert isinstance(light, LightCLIPTokenizer)
@@ -145,21 +145,19 @@ def test_texts_have_transformers_tokens(bundle: Callable[[str], Path], text: str
         ("added_tokens.json", {"<dog>": 9}),
     ],
 )
-def test_other_tokenizers_are_left_to_transformers(
+def test_unsupported_tokenizers_fall_back_to_transformers(
     bundle: Callable[[str], Path], tmp_path: Path, name: str, change: dict[str, Any]
 ) -> None:
     folder = changed(bundle("sd1"), tmp_path, f"tokenizer/{name}", change)
     assert clip_tokenizer.read(folder / "tokenizer") is None
 
 
-def test_a_bundle_with_another_tokenizer_or_a_safety_checker_has_diffusers_class(
-    bundle: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_unsupported_tokenizer_falls_back_to_the_diffusers_class(bundle: Callable[[str], Path], tmp_path: Path) -> None:
     folder = changed(bundle("sd1"), tmp_path, "tokenizer/tokenizer_config.json", {"padding_side": "left"})
     assert not isinstance(components(folder, light=LIGHT).pipeline(), LightLatentConsistency)
 
 
-def test_distributions_of_latents_are_diffusers_own() -> None:
+def test_latent_distribution_matches_diffusers() -> None:
     parameters = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)) * 20
     light: Any = output_of(parameters, {"latent_channels": 4}).latent_dist
     own = DiagonalGaussianDistribution(parameters)

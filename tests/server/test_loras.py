@@ -540,7 +540,7 @@ FLUX, KLEIN, QWEN, Z = (f"{name}Pipeline" for name in ("FluxImg2Img", "Flux2Klei
         (Z, "lora_unet_layers_0_attention_to_q", 8, ["layers.0.attention.to_q"]),
     ],
 )
-def test_names_of_trainers_become_those_of_transformers(
+def test_trainer_layer_names_map_to_transformer_layer_names(
     kind: str, name: str, outs: int, modules: list[str], tmp_path: Path
 ) -> None:
     assert read(pair(name, 8, outs), kind, tmp_path / "a.safetensors") == [f"transformer.{module}" for module in modules]

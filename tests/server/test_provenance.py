@@ -127,7 +127,7 @@ def test_reproduce_makes_the_same_image_from_file_and_source(
     assert again.read_bytes() == file.read_bytes()
 
 
-def test_reproduce_takes_the_source_from_the_assets(
+def test_reproduce_reads_the_source_from_the_assets(
     server: RunningServer, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asset = client.upload(image_bytes("red", (16, 16)))

@@ -155,7 +155,7 @@ def _ask(client: Client, data: bytes, steps: int = 1) -> bytes:
     return client.transform(data, prompt="x", model="m", seed=3, num_inference_steps=steps, strength=1.0).images[0].data
 
 
-def test_queued_seconds_bring_a_second_replica(ground: Ground) -> None:
+def test_queued_work_starts_a_second_replica(ground: Ground) -> None:
     assert len(_replicas(ground.mark, "img2img")) == 1
     data = _image_bytes()
     with Client(ground.first.target, timeout=120) as client, concurrent.futures.ThreadPoolExecutor(12) as pool:

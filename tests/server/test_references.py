@@ -132,7 +132,7 @@ BAD: dict[str, tuple[list[pb.ImageSource], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_reference_is_refused_by_its_name(case: str, stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
+def test_invalid_reference_is_refused_and_named(case: str, stub: ImageToImageServiceStub, pipeline: FakePipeline) -> None:
     references, field = BAD[case]
     code, details = failure(lambda: stub.Transform(asked(*references)))
     if case == "an unknown asset":
@@ -189,7 +189,7 @@ async def test_only_fetched_references_count_towards_the_fetch_timeout() -> None
     assert await read_slowly("asset:a", "file:///b.png", "httpx:c", "https://example.org/d.png") == 4
 
 
-def test_a_model_that_takes_one_image_refuses_more(stub: ImageToImageServiceStub) -> None:
+def test_model_for_one_image_refuses_references(stub: ImageToImageServiceStub) -> None:
     code, details = failure(lambda: stub.Transform(asked(of((8, 8)), model="usual")))
     assert (code, details["field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "reference_images")
     assert "edits by one image" in str(details["description"])

@@ -66,7 +66,7 @@ def health(channel: grpc.Channel, name: str = "") -> int:
     return int(stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=60).status)
 
 
-def test_while_models_load_health_is_not_serving_and_calls_are_refused_with_a_retry_delay() -> None:
+def test_while_loading_health_is_not_serving_and_calls_are_refused() -> None:
     gate = threading.Event()
     with loading(gate) as (_, channel, _):
         models, images = ModelServiceStub(channel), ImageToImageServiceStub(channel)

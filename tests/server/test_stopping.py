@@ -43,7 +43,7 @@ def _asset(channel: grpc.Channel) -> str:
     ],
     ids=["drain", "drain with a hung device", "second signal", "watchdog", "watchdog in a drain"],
 )
-def test_the_process_ends_while_clients_that_never_read_are_connected(
+def test_process_ends_despite_connected_clients_that_never_read(
     start: Callable[..., Process], tmp_path: Path, fault: str, signals: list[signal.Signals], watchdog: str, status: int
 ) -> None:
     grace = "1" if watchdog == "0" else "60"  # so that the watchdog, however late, comes before the end of the drain
@@ -59,7 +59,7 @@ def test_the_process_ends_while_clients_that_never_read_are_connected(
         assert process.popen.wait(ENDED) == status
 
 
-def test_models_are_unloaded_and_loaded_while_clients_that_never_read_watch_them(tmp_path: Path) -> None:
+def test_models_load_and_unload_beside_watchers_that_never_read(tmp_path: Path) -> None:
     names = ("", "models/m", "models/second")
     with (
         serving(tmp_path) as (server, _),

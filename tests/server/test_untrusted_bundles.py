@@ -165,7 +165,7 @@ def test_clean_bundle_loads(bundle: Path, backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
-def test_a_pickle_in_place_of_safetensors_is_not_opened(component: str, backend: Backend, bundle: Path, trap: Trap) -> None:
+def test_pickle_instead_of_safetensors_is_not_opened(component: str, backend: Backend, bundle: Path, trap: Trap) -> None:
     for weights in (bundle / component).glob("*.safetensors"):
         weights.unlink()
     for name in PICKLES:
