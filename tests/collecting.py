@@ -1,4 +1,4 @@
-"""A collector of traces that keeps what it gets: OTLP over gRPC, on a free port."""
+"""A collector that records spans: OTLP over gRPC, on a free port."""
 
 import contextlib
 import queue

@@ -1,4 +1,4 @@
-"""An AssetService that keeps images in memory, and what the fakes of all services do with every call."""
+"""An AssetService that keeps images in memory, and the behaviour that all fake services share."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ from img2img.v1 import asset_pb2, asset_pb2_grpc
 
 
 class Observed:
-    """What all the services of a fake do with a call before they answer it.
+    """Common behaviour of the fake services.
 
-    `failures` are statuses that the next calls end with, one each; `failure` is one for every call. `token` is the one that calls
-    must bring. `calls` and `metadata` tell of each call that came, in order.
+    `failures` are statuses for the next calls, one each; `failure` is a status for every call. `token` is the token that calls
+    must send. `calls` and `metadata` record every call in order.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Observed:
         self.seconds_left: list[float | None] = []
 
     def meet(self, context: Any, begun: bool = False) -> None:
-        """Takes notice of a call, and refuses it where it is to be refused. `begun` where part of the answer is sent already."""
+        """Records a call, and refuses it if it is to fail. `begun`: part of the response has been sent already."""
         sent = dict(context.invocation_metadata())
         self.metadata.append(sent)
         self.seconds_left.append(context.time_remaining())

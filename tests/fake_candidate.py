@@ -1,4 +1,4 @@
-"""A candidate whose engine a real process builds, as slowly as a test wants, and a store that tells when something is noted."""
+"""A candidate whose engine is built by a real process at a test's pace, and a store that notifies of engine states."""
 
 import os
 import sys
@@ -64,7 +64,7 @@ class WatchedStore(ModelRegistry):
 
 
 class FakeCandidate:
-    """Its builder waits for `let`. What it loads is `pipeline`; `problem` is what it says of the images."""
+    """Its build waits for `let`. It loads `pipeline`; `problem` is the result of its accuracy check."""
 
     model = "m"
     engine = ENGINE
@@ -82,7 +82,7 @@ class FakeCandidate:
             os.mkfifo(self._gate)
 
     def let(self, word: str = "right") -> None:
-        """Lets the builder go on, as soon as it is there."""
+        """Lets the build continue once it has begun."""
         self._gate.write_text(word)
 
     def build(self, tell: Callable[[str, float], None], stop: Stop) -> None:

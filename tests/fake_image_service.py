@@ -52,7 +52,7 @@ def kept_response() -> messages.TransformResponse:
 
 
 def events(*seeds: int, steps: int = 2, preview_interval: int = 0) -> list[messages.TransformStreamResponse]:
-    """The life of a request that goes well, with a preview every so many steps but the last."""
+    """The events of a successful request, with a preview every `preview_interval` steps except the last."""
     event = messages.TransformStreamResponse
     previews = {
         step: image_bytes(image_format="JPEG") for step in range(1, steps) if preview_interval and step % preview_interval == 0
@@ -69,13 +69,11 @@ def events(*seeds: int, steps: int = 2, preview_interval: int = 0) -> list[messa
 
 
 class FakeService(Observed, services.ImageToImageServiceServicer, model_pb2_grpc.ModelServiceServicer):
-    """Both services. `script` is what a stream yields; what it fails with comes before the event `fail_before`, by default
-    the last.
+    """Both services.
 
-    `warnings` come with a unary transform's result; a stream's are in its script.
-
-    Where `hold` is set, a transform does not end before its caller does: `holding` tells that it is there, `released` that the
-    caller has gone.
+    `script` holds the events of a stream; a failure is sent before the event `fail_before`, by default the last one. `warnings`
+    are returned with unary transforms; a stream's are in its script. If `hold` is set, a transform does not end before its caller
+    cancels: `holding` is set when it has begun, `released` when the caller has gone.
     """
 
     def __init__(self) -> None:
@@ -158,8 +156,8 @@ class FakeService(Observed, services.ImageToImageServiceServicer, model_pb2_grpc
 
 
 class FakeHealth(health.HealthServicer):
-    """The standard service, which each watch costs a thread here. By default gRPC's sends while it holds the lock that the end of
-    another watch waits for, on the one thread that could tell that the sending is done: so everything hangs, now and then."""
+    """The standard health service, with one thread per watch. gRPC's default one can deadlock: it sends while it holds the lock
+    that the end of another watch waits for, on the only thread that could complete the send."""
 
     def __init__(self) -> None:
         super().__init__(experimental_non_blocking=False)
@@ -195,7 +193,7 @@ class FakeServer:
         self._server.start()
 
     def set_serving(self, serving: bool) -> None:
-        """Says how the server's health is."""
+        """Sets the server's health."""
         states = health_pb2.HealthCheckResponse
         self.health.set("", states.SERVING if serving else states.NOT_SERVING)
 

@@ -1,4 +1,4 @@
-"""Replicas that do what a test tells them, and a front over them whose roster looks when it is told to."""
+"""Scripted replicas, and a front over them whose roster polls only when a test asks it to."""
 
 import asyncio
 from collections import defaultdict
@@ -38,9 +38,9 @@ def done(job: RemoteRequest) -> Completed:
 
 
 class FakeReplicas:
-    """Replicas whose calls go by scripts, one each; a call without one is done. `jobs` are those that came, `cancelled` those
-    that were given up, and `looks` what everybody says, by name, after `late` looks that nobody answers. Replicas whose names are
-    in `slow` do not answer in time."""
+    """Replicas whose calls follow `scripts`, one each; a call without a script completes. `jobs` are the received calls,
+    `cancelled` the cancelled ones, and `looks` the reports by replica name, returned after `late` unanswered polls. Replicas in
+    `slow` do not answer in time."""
 
     def __init__(self, *scripts: Script) -> None:
         self.scripts = list(scripts)

@@ -1,4 +1,4 @@
-"""A pipeline without a model, a clock that is set by hand, and a listener that remembers."""
+"""A pipeline without a model, a manual clock, and a listener that records events."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from PIL import Image
 
 
 class Clock:
-    """Seconds that pass only when told."""
+    """A manual clock: `now` is its time in seconds."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -30,10 +30,10 @@ class FakeState:
 
 
 class FakePipeline:
-    """Counts steps in place of denoising. A call of n rows takes `seconds(n)` of `clock`, encoding and decoding take nothing
-    unless told, and a prompt can ask for trouble: "fail prepare", "fail denoise", "fail advance", "fail preview", "fail finish",
-    "fail release". What is in `before` by a stage's name is called when such a call begins. Calls of more than `memory` pixels
-    run out of it, if it is set; "full denoise" and the like always do."""
+    """Counts steps instead of denoising. A call of n rows takes `seconds(n)` of `clock`; encoding and decoding take no time by
+    default. A prompt can inject failures: "fail prepare", "fail denoise", "fail advance", "fail preview", "fail finish", "fail
+    release". `before` maps a stage to a function that is called when a call of it begins. Calls of more than `memory` pixels, if
+    set, raise OutOfMemory; "full denoise" and the like always do."""
 
     engine = "fake:cpu"
     size_multiple = 8
@@ -130,7 +130,7 @@ class FakePipeline:
         self.closed = True
 
     def _allocate(self, where: str, requests: Sequence[Request], rows: Sequence[int]) -> None:
-        """Notes and raises what a call of so many rows of each request has no memory for."""
+        """Raises OutOfMemory and records the call if its rows exceed the memory."""
         pixels = sum(count * self.plan(request).pixels for request, count in zip(requests, rows, strict=True))
         too_much = self.memory is not None and pixels > self.memory
         if too_much or any(f"full {where}" in request.prompt for request in requests):
@@ -140,7 +140,7 @@ class FakePipeline:
 
 @dataclass(slots=True)
 class Caller:
-    """Submits one request and remembers what it is told."""
+    """Submits one request and records its events."""
 
     engine: Engine
     events: list[Event] = field(default_factory=list)
@@ -184,14 +184,14 @@ def make_engine(
     seconds: Callable[[int], float] = lambda rows: 1.0,
     codec_seconds: float = 0.0,
 ) -> tuple[Engine, FakePipeline, Clock]:
-    """An engine that is stepped by hand, on a fake pipeline "m" whose calls take a second, however many rows they have."""
+    """An engine that is stepped by hand, on a fake pipeline "m" whose calls take one second for any number of rows."""
     clock = Clock()
     pipeline = FakePipeline(clock, seconds, max_rows, codec_seconds)
     return Engine({"m": pipeline}, limits, clock), pipeline, clock
 
 
 def run_out(engine: Engine, most: int = 1000) -> int:
-    """Steps the engine until nothing is left. Returns how many steps that took."""
+    """Steps the engine until it is idle. Returns the number of steps."""
     for count in range(1, most + 1):
         if not engine.step():
             return count

@@ -1,4 +1,4 @@
-"""What tests of the HTTP front share: a server that has one, OpenAI's client, plain requests, and connections that misbehave."""
+"""Shared by tests of the HTTP front: a server that has one, OpenAI's client, plain requests, and misbehaving connections."""
 
 import base64
 import contextlib

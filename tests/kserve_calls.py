@@ -1,4 +1,4 @@
-"""What tests of KServe share: a server that speaks it, tensors as Triton's client makes them, and images that come back."""
+"""Shared by tests of KServe: a server with KServe enabled, tensors from Triton's client, and decoded images."""
 
 import contextlib
 import io

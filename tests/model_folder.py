@@ -1,4 +1,4 @@
-"""A folder of bundles that are nothing but names and sizes, pipelines that take memory only on paper, and what measures that."""
+"""A folder of bundles that have only names and sizes, pipelines with simulated memory, and a meter of that memory."""
 
 import asyncio
 import shutil
@@ -51,9 +51,9 @@ class LoadedPipeline(FakePipeline):
 
 
 class Memory:
-    """Loads pipelines whose bytes are twice those of their weights, unless `sizes` says otherwise, and measures those that are
-    open. `peak` is the most that ever was, `loads` are the names that were asked for. With `gpu`, models are in a GPU's memory of
-    so many bytes, and one that does not fit beside the others runs out of it."""
+    """Loads pipelines that take twice the bytes of their weights, or those of `sizes`, and measures the open ones. `peak` is the
+    highest total, `loads` the names in order of loading. With `gpu`, models are in a GPU's memory of so many bytes, and loading
+    one that does not fit runs out of memory."""
 
     def __init__(self) -> None:
         self.gpu: int | None = None
@@ -99,7 +99,7 @@ class Memory:
 
 
 class Rig:
-    """A residency over a folder of bundles, with an engine that runs. `serving` is what health was told last of each model."""
+    """A residency over a folder of bundles, with a running engine. `serving` is the last health of each model."""
 
     def __init__(self, folder: Path, settings: ModelSettings, exporter: Sequence[str], limits: QueueLimits | None = None) -> None:
         self.memory, self.clock = Memory(), Clock()
@@ -119,7 +119,7 @@ class Rig:
         )
 
     async def until(self, holds: Callable[[], object]) -> None:
-        """Returns once something holds of the store; a test that waits in vain is ended by its timeout."""
+        """Returns once the condition holds for the store; the test's timeout bounds the wait."""
         while not holds():
             self._changed.clear()
             await self._changed.wait()
@@ -130,7 +130,7 @@ class Rig:
 
 @asynccontextmanager
 async def rig(folder: Path, exporter: Sequence[str] = EXPORTER, **settings: object) -> AsyncIterator[Rig]:
-    """A running one, with nothing loaded unless `settings`, those of ModelSettings, say so."""
+    """A running Rig. No model is loaded by default; `settings` are those of ModelSettings."""
     made = Rig(folder, ModelSettings(**{"preload": ("none",), **settings}), exporter)  # type: ignore[arg-type]
     made.engine.start()
     await made.residency.start()

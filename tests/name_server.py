@@ -1,4 +1,4 @@
-"""A DNS server on this machine that knows one name: what a headless service is to its callers. RFC 1035, as far as that goes."""
+"""A DNS server on this machine with one name, like a headless service of Kubernetes (the needed subset of RFC 1035)."""
 
 import socket
 import struct

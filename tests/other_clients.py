@@ -1,4 +1,4 @@
-"""What tests of clients in other languages share: where they are, how a program of theirs is run, and who may call."""
+"""Shared by tests of clients in other languages: their location, running their programs, and authorized servers."""
 
 import contextlib
 import os
@@ -79,14 +79,14 @@ def holding() -> Iterator[tuple[HeldPipeline, str]]:
 
 
 def environment(target: str = "") -> dict[str, str]:
-    """This process's variables, but those that tell clients where to go; `target` does, if it is set."""
+    """This process's environment without the client's variables; `target` sets the server's address."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("IMG2IMG_")}
     return own | ({"IMG2IMG_TARGET": target} if target else {})
 
 
 @contextlib.contextmanager
 def started(node: Path, program: str, *arguments: object, target: str = "") -> Iterator[Any]:
-    """A program that goes on while the test looks on; what it reads and prints are pipes."""
+    """A program that runs beside the test; its standard input and output are pipes."""
     program = program.replace("img2img-client", (CLIENTS / "node" / "src" / "index.js").as_uri())
     command = [str(node), "--input-type=module", "--eval", program, "--", *map(str, arguments)]
     with subprocess.Popen(command, env=environment(target), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -105,12 +105,12 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def succeeded(result: Finished) -> list[str]:
-    """The lines that a program which ended well has printed."""
+    """The output lines of a program that exited with 0."""
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
 
 def failed(result: Finished) -> list[str]:
-    """The lines in which a program told of the call that failed."""
+    """The lines in which a program reported its failed call."""
     assert (result.returncode, result.stdout) == (1, "")
     return result.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""What the playground's tests stand on: a server whose model waits for the test, the playground in a process, and a browser."""
+"""Test bed of the playground: a server whose model waits for the test, the playground in a process, and a browser."""
 
 import contextlib
 import http.client
@@ -141,8 +141,8 @@ class Stand:
 
 @contextlib.contextmanager
 def playground(target: str, folder: Path, *flags: str, warning: str = "") -> Iterator[str]:
-    """Runs `img2img playground` in a process of its own and gives the page's address. It must end well, say nothing but
-    `warning` on its standard error, and leave nothing in its folder."""
+    """Runs `img2img playground` in its own process and yields the page's address. It must exit with 0, print only `warning` on
+    standard error, and leave no files in its folder."""
     words = [str(Path(sys.executable).parent / "img2img"), "playground", "--target", target, "--port", "0", "--no-open", *flags]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("IMG2IMG_")}
     home = folder / "home"

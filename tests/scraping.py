@@ -1,4 +1,4 @@
-"""What a server's metrics say, read as Prometheus reads them."""
+"""A server's metrics, parsed with Prometheus' own parser."""
 
 import time
 import urllib.request
@@ -9,7 +9,7 @@ Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 
 def fetch(port: int) -> str:
-    """What is served at /metrics."""
+    """The body of /metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=120) as response:
         text: str = response.read().decode()
     return text
@@ -25,7 +25,7 @@ def scrape(port: int) -> Samples:
 
 
 def settled(port: int) -> Samples:
-    """What it says once no call is in progress. A caller has its error before the server has counted it."""
+    """The samples once no call is in progress: a caller gets its error before the server has counted it."""
     end = time.monotonic() + 60
     while value(samples := scrape(port), "img2img_calls_in_progress"):
         assert time.monotonic() < end, "a call never ends"

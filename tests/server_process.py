@@ -14,7 +14,7 @@ FAULTY = (str(REPOSITORY / "tests" / "faulty_server.py"),)
 
 
 class Process:
-    """A server's process, with its log and the port that it tells of."""
+    """A server's process, with its log and its port."""
 
     def __init__(self, folder: Path, *words: str) -> None:
         self._log, self.port_file = folder / "log", folder / "port"
@@ -37,7 +37,7 @@ class Process:
 
     @property
     def port(self) -> int:
-        """The port that it has told."""
+        """The port that the server has written to its port file."""
         return int(self.port_file.read_text(encoding="ascii"))
 
     def next_output(self) -> str:

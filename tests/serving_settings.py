@@ -1,4 +1,4 @@
-"""What `img2img serve` makes of a file of deploy/, its flags and its variables."""
+"""The configuration that `img2img serve` makes of a file of deploy/, flags and variables."""
 
 import argparse
 from collections.abc import Mapping, Sequence
