@@ -19,6 +19,7 @@ import bench_rounding
 import bench_schedulers
 import bench_sessions
 import bench_simulated
+import bench_speedups
 import bench_start
 from bench_load import command as bench_load
 
@@ -49,6 +50,7 @@ def main() -> int:
     # Too long to run by default.
     apart = {
         "loras": (bench_loras, "steps with LoRAs of requests, against none and against calls divided by LoRA (1 minute)"),
+        "speedups": (bench_speedups, "whole requests with each speedup of a bundle, against exact ones (1 minute)"),
         "rounding": (bench_rounding, "a UNet's error with and without the timestep's angle in bfloat16 (2 minutes)"),
         "export": (bench_export, "exports of real-size models: wall time and peak memory (an hour)"),
         "start": (bench_start, "seconds until SERVING and memory, by number of models (2 minutes)"),

@@ -82,7 +82,7 @@ def _load(bundle: Path, manifest: Any, folder: Path, slots: int) -> Any:
 
     settings = LoraSettings(LoraFiles(folder), Cache(2**30), slots)
     pipeline: Any = load_pipeline(bundle, manifest, Execution("cpu"), Cache(2**26), loras=settings)
-    (graph,) = pipeline._denoiser.graphs
+    graph, *_ = pipeline._denoiser.graphs
     for number in range(slots):
         _write(graph.layers, folder / f"{number}.safetensors", number)
     return pipeline

@@ -114,7 +114,8 @@ def tiny_model(shared: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
-    """Gives the exported bundle of a tiny model by its name, or of the demo's model for "demo"; "sd1:fp16" is one in fp16.
+    """Gives the exported bundle of a tiny model by its name, or of the demo's model for "demo"; "sd1:fp16" is one in fp16, and
+    "sd1:fp32:speedups" one with a light graph and a few speedups.
 
     Those of WITH_PREVIEWS have previews.
     """
@@ -125,9 +126,9 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
         from img2img_export.options import ExportOptions
         from img2img_server.bundle.manifest import Precision, check_bundle, read_manifest
         from img2img_server.errors import BundleError
-        from short_exports import brief, cut_short
+        from short_exports import brief, cut_short, short_speedups
 
-        model, _, precision = name.partition(":")
+        model, precision, speedups = (*name.split(":"), "", "")[:3]
         source = DEMO_MODEL if model == "demo" else tiny_model(model)
 
         def good(directory: Path) -> bool:
@@ -139,8 +140,15 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
 
         def export(output: Path) -> None:
             preview = name in WITH_PREVIEWS
-            with brief(preview) if name in COMPARED else cut_short(2, preview, name in OF_TWO_SIZES):
-                export_model(ExportOptions(source=str(source), output=output, precision=cast(Precision, precision or "fp32")))
+            options = ExportOptions(
+                source=str(source),
+                output=output,
+                precision=cast(Precision, precision or "fp32"),
+                lora_graphs=not speedups,
+                speedups=bool(speedups),
+            )
+            with brief(preview) if name in COMPARED else cut_short(2, preview, name in OF_TWO_SIZES), short_speedups():
+                export_model(options)
 
         return kept(shared, f"bundles/{name.replace(':', '-')}", good, export)
 

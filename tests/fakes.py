@@ -4,7 +4,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import Completed, Event, Failed, Plan, Progress, Request, RequestWarning, Ticket, no_step
+from img2img_server.engine.request import (
+    Completed,
+    Event,
+    Failed,
+    Plan,
+    Progress,
+    Request,
+    RequestWarning,
+    Ticket,
+    UsedSpeedup,
+    no_step,
+)
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import OutOfMemory
 from img2img_server.support.model_fields import GUIDED, ModelFields
@@ -63,6 +74,7 @@ class FakePipeline:
         self.memory: int | None = None
         self.closed = False
         self.warnings: tuple[RequestWarning, ...] = ()
+        self.speedup: UsedSpeedup | None = None
         self.refused: list[tuple[str, int]] = []
         self._clock, self._seconds, self._codec_seconds = clock or Clock(), seconds, codec_seconds
 
@@ -71,7 +83,8 @@ class FakePipeline:
         if steps == 0:
             raise no_step(request)
         width, height = request.result_size
-        return Plan((width, height), width * height, len(request.seeds), steps, self.warnings)
+        used = None if request.fidelity.is_exact else self.speedup
+        return Plan((width, height), width * height, len(request.seeds), steps, self.warnings, speedup=used)
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[FakeState]:
         self.before.get("prepare", _nothing)()

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 from img2img_export import attempts, component
-from img2img_export.verify import images, latent_preview
+from img2img_export.verify import images, latent_preview, speedups
 
 
 @contextmanager
@@ -38,6 +38,20 @@ def brief(preview: bool = False) -> Iterator[None]:
         patch.object(component, "release_memory", lambda: None),
         patch.object(attempts, "release_memory", lambda: None),
         traced_once(Path(os.environ["TESTS_TRACES"])) if "TESTS_TRACES" in os.environ else nullcontext(),
+    ):
+        yield
+
+
+@contextmanager
+def short_speedups() -> Iterator[None]:
+    """Within it, an export measures two speedups of each kind on three images of few steps, and keeps those that random weights
+    give."""
+    with (
+        patch.object(speedups, "_PROMPTS", speedups._PROMPTS[:1]),
+        patch.object(speedups, "_FULL_SHARES", (0.4,)),
+        patch.object(speedups, "_PERIODS", (2, 3)),
+        patch.object(speedups, "DEFAULT_STEPS", 8),
+        patch.object(speedups, "_LEAST_PSNR_DB", 0.0),
     ):
         yield
 

@@ -13,6 +13,7 @@ import bench_rounding
 import bench_schedulers
 import bench_sessions
 import bench_simulated
+import bench_speedups
 import bench_start
 import pytest
 from bench_load import command as bench_load
@@ -30,6 +31,7 @@ from bench_load import measuring, servers
         (bench_sessions, ["--rounds", "1", "--requests", "1"], "ONNX Runtime's default"),
         (bench_simulated, ["--requests", "200"], "batching"),
         (bench_start, ["--models", "1", "--rounds", "1"], "MiB at SERVING"),
+        (bench_speedups, ["--rounds", "1", "--steps", "8"], "less work"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, ModuleType) else "",
 )
@@ -48,7 +50,7 @@ def test_bench_command_prints_its_table(
     parser = argparse.ArgumentParser()
     module.configure(parser)
     if hasattr(module, "BUNDLE"):
-        words = [*words, "--bundle", str(bundle("sd1"))]
+        words = [*words, "--bundle", str(bundle("sd1:fp32:speedups" if module is bench_speedups else "sd1"))]
     assert module.run(parser.parse_args(words)) == 0
     assert printed in capfd.readouterr().out
 

@@ -41,12 +41,14 @@ from img2img_client.values import (
     ModelState,
     Progress,
     Queued,
+    SpeedupInfo,
     Started,
     Timings,
     TransformedImage,
     TransformEvent,
     TransformResult,
     TransformWarning,
+    UsedSpeedup,
 )
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ __all__ = [
     "Queued",
     "RetryPolicy",
     "ServerFailed",
+    "SpeedupInfo",
     "Started",
     "Timings",
     "TransformEvent",
@@ -101,6 +104,7 @@ __all__ = [
     "TransformedImage",
     "Unauthenticated",
     "Unavailable",
+    "UsedSpeedup",
     "expand",
     "read_provenance",
     "recorded_options",

@@ -12,7 +12,7 @@ from img2img_client.values import ModelReference
 
 if TYPE_CHECKING:
     from img2img_client.client import Client
-    from img2img_client.values import EngineStatus, FieldInfo, ModelInfo
+    from img2img_client.values import EngineStatus, FieldInfo, ModelInfo, SpeedupInfo
 
 PROGRAM = "img2img models"
 
@@ -39,6 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fields", action="store_true", help="list the options that requests to each model can set, with defaults and bounds"
     )
+    parser.add_argument(
+        "--speedups", action="store_true", help="list how much faster each model is with --fidelity, and what it changes"
+    )
     parser.add_argument("--loras", action="store_true", help="list the server's LoRAs instead, which requests may name")
     parser.add_argument("--json", action="store_true", help="print every field of every model as JSON")
     change = parser.add_argument_group("load or unload a model").add_mutually_exclusive_group()
@@ -62,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps([asdict(model) for model in models]))
         else:
-            _print_table(models, arguments.schedulers, arguments.fields)
+            _print_table(models, arguments)
 
     return attempt(PROGRAM, target_of(arguments), work)
 
@@ -93,14 +96,15 @@ def _ask(client: "Client", arguments: argparse.Namespace) -> "tuple[ModelInfo, .
     return client.models(timeout=_SECONDS_TO_LIST if arguments.timeout is None else arguments.timeout)
 
 
-def _print_table(models: "tuple[ModelInfo, ...]", schedulers: bool, fields: bool) -> None:
+def _print_table(models: "tuple[ModelInfo, ...]", arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     engines = any(model.engines for model in models)
     details = any(model.detail for model in models)
-    shown = {"detail": details, "promotion": engines, "schedulers": schedulers, "fields": fields}
+    asked = {name: getattr(arguments, name) for name in ("schedulers", "fields", "speedups")}
+    shown = {"detail": details, "promotion": engines, **asked}
     more = [column for column, is_shown in shown.items() if is_shown]
     table = Table("id", "family", "backend", "engine", "state", "memory", "default", *more)
     for model in models:
@@ -111,10 +115,12 @@ def _print_table(models: "tuple[ModelInfo, ...]", schedulers: bool, fields: bool
             cells.append(model.detail)
         if engines:
             cells.append("\n".join(map(_describe_engine, model.engines)))
-        if schedulers:
+        if arguments.schedulers:
             cells.append("\n".join(model.schedulers))
-        if fields:
+        if arguments.fields:
             cells.append("\n".join(map(_describe_field, model.fields)))
+        if arguments.speedups:
+            cells.append("\n".join(map(_describe_speedup, model.speedups)))
         table.add_row(*(Text(cell, overflow="fold") for cell in cells))  # Text, since a str would be read as markup.
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE)
     console.print(table)
@@ -123,6 +129,11 @@ def _print_table(models: "tuple[ModelInfo, ...]", schedulers: bool, fields: bool
 def _describe_engine(engine: "EngineStatus") -> str:
     done = f" {engine.progress:.0%}" if engine.state in ("building", "checking") else ""
     return f"{engine.name} {engine.state}{done}" + (f": {engine.detail}" if engine.detail else "")
+
+
+def _describe_speedup(speedup: "SpeedupInfo") -> str:
+    bounds = f"{speedup.min_psnr_db:.1f} dB, SSIM {speedup.min_ssim:.3f}"
+    return f"{speedup.times_faster:.2f} x at {bounds}: {speedup.name}"
 
 
 def _describe_field(field: "FieldInfo") -> str:

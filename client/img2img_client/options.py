@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, Union, get_args
 
 from img2img.v1 import image_to_image_pb2 as messages
 
-from img2img_client.values import Asset, ImageFormat, ModelInfo, ModelReference
+from img2img_client.values import Asset, ImageFormat, Level, ModelInfo, ModelReference
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +29,9 @@ Fit: TypeAlias = int | Literal["native"]
 area that the model was trained on."""
 
 
+_BOUNDS = ("fidelity", "min_psnr_db", "min_ssim")
+
+
 class TransformOptions(TypedDict, total=False):
     """The options of a transform, with diffusers' names. None and omitted options mean the server's default.
 
@@ -42,6 +45,10 @@ class TransformOptions(TypedDict, total=False):
     its edges by so many pixels. The result has the source's pixels outside the mask, unless `mask_paste` is False.
     `reference_images` are more images to edit by, and `true_cfg_scale`, in 0..30, is guidance by `negative_prompt`, for models
     that take them: `ModelInfo.fields` says which options a model takes, with its defaults and bounds.
+
+    `fidelity` says how near the images must be to the exact ones, for speed: "exact" (the default), "high" (at least 35 dB) or
+    "fast" (at least 30 dB). Or set `min_psnr_db`, in decibels, or `min_ssim`, in 0..1. `ModelInfo.speedups` says what a model
+    offers.
     """
 
     model: str | ModelReference | None
@@ -67,6 +74,9 @@ class TransformOptions(TypedDict, total=False):
     reference_images: "Sequence[ImageInput] | None"
     true_cfg_scale: float | None
     loras: "Mapping[str, float] | None"
+    fidelity: Level | None
+    min_psnr_db: float | None
+    min_ssim: float | None
 
 
 def taken_options(options: TransformOptions, models: Sequence[ModelInfo]) -> TransformOptions:
@@ -117,6 +127,7 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
         reference_images=[_image_message(image, "reference_images") for image in _references(options)],
         true_cfg_scale=options.get("true_cfg_scale"),
         loras=[messages.Lora(id=name, scale=scale) for name, scale in (options.get("loras") or {}).items()],
+        fidelity=_fidelity_message(options),
     )
     if request.ByteSize() > MAX_MESSAGE_BYTES:
         raise ValueError(
@@ -180,6 +191,17 @@ def _fit_message(fit: Fit | None) -> messages.Fit | None:
     if isinstance(fit, bool) or not isinstance(fit, int):
         raise ValueError(f"fit must be 'native' or the longest side in pixels, not {fit!r}")
     return messages.Fit(longest_side=fit)
+
+
+def _fidelity_message(options: TransformOptions) -> messages.Fidelity | None:
+    bounds = {name: options.get(name) for name in _BOUNDS if options.get(name) is not None}
+    if len(bounds) > 1:
+        raise ValueError(f"{' and '.join(bounds)} are both a bound: set only one of them")
+    if (level := bounds.get("fidelity")) is not None:
+        if level not in get_args(Level):
+            raise ValueError(f"fidelity must be one of {', '.join(get_args(Level))}, not {level!r}")
+        return messages.Fidelity(level=messages.FidelityLevel.Value(f"FIDELITY_LEVEL_{str(level).upper()}"))
+    return messages.Fidelity(**bounds) if bounds else None  # type: ignore[arg-type]
 
 
 def _output_message(options: TransformOptions) -> messages.OutputOptions | None:

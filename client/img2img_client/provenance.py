@@ -5,11 +5,11 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from PIL import Image
 
-from img2img_client.values import ModelReference
+from img2img_client.values import Level, ModelReference
 
 if TYPE_CHECKING:
     from img2img_client.options import TransformOptions
@@ -68,7 +68,20 @@ def recorded_options(record: Mapping[str, Any]) -> "TransformOptions":
         "height": field("height", int),
         "format": field("format", str),
         "quality": field("quality", int, type(None)),
+        **_bound(record.get("fidelity")),
     }
+
+
+def _bound(found: Any) -> "TransformOptions":
+    """The option for a recorded bound: a level, decibels ("32 dB") or an SSIM ("0.95"); none if there was none."""
+    try:
+        if found is None:
+            return {}
+        if found in get_args(Level):
+            return {"fidelity": found}
+        return {"min_psnr_db": float(found.removesuffix("dB"))} if found.endswith("dB") else {"min_ssim": float(found)}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"the img2img record in the image is damaged: fidelity is {found!r}") from None
 
 
 def _loras(found: Any) -> dict[str, float]:

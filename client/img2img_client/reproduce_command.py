@@ -178,6 +178,7 @@ _COMPARED = {
     "reference_digests": "the reference images are not the ones that were used",
     "bundle_digest": "the model was exported again since",
     "loras": "a LoRA's file was replaced",
+    "speedup": "the model has other speedups",
     "engine": "another engine runs the model",
     "img2img": "another version of img2img runs",
 }

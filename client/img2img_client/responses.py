@@ -59,7 +59,12 @@ def parse_result(message: messages.TransformResponse, request_id: str = "") -> v
         ),
         request_id=request_id,
         warnings=tuple(values.TransformWarning(warning.field, warning.description, warning.code) for warning in message.warnings),
+        speedup=_parse_used(message.speedup) if message.HasField("speedup") else None,
     )
+
+
+def _parse_used(message: messages.UsedSpeedup) -> values.UsedSpeedup:
+    return values.UsedSpeedup(message.name, message.times_faster, message.min_psnr_db, message.min_ssim)
 
 
 def _parse_image(message: messages.ImageResult) -> values.TransformedImage:
@@ -120,7 +125,12 @@ def parse_model(message: model_pb2.Model) -> values.ModelInfo:
         memory_bytes=message.memory_bytes or None,
         detail=message.detail,
         fields=tuple(_parse_field(field) for field in message.fields),
+        speedups=tuple(_parse_speedup(speedup) for speedup in message.speedups),
     )
+
+
+def _parse_speedup(message: model_pb2.Speedup) -> values.SpeedupInfo:
+    return values.SpeedupInfo(**{field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields})
 
 
 def _parse_field(message: model_pb2.RequestField) -> values.FieldInfo:

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 from img2img_client.connection import add_connection_flags, connect, target_of
 from img2img_client.output import Output, plan_output
 from img2img_client.reporting import attempt, print_error, retry_report
-from img2img_client.values import Completed, ModelReference, TransformEvent, TransformResult
+from img2img_client.values import Completed, Level, ModelReference, TransformEvent, TransformResult
 
 if TYPE_CHECKING:
     from img2img_client.options import Fit, ImageInput, TransformOptions
@@ -122,6 +122,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="ID[:SCALE]",
         help="LoRA of the server, at this scale (default: 1; repeatable); `img2img models --loras` lists them",
+    )
+    bound = group.add_mutually_exclusive_group()
+    bound.add_argument(
+        "--fidelity",
+        choices=get_args(Level),
+        help="how near the image must be to the exact one, for speed: high means at least 35 dB, fast 30 dB; "
+        "`img2img models --speedups` lists what that buys",
+    )
+    bound.add_argument("--min-psnr", type=float, metavar="DB", help="allow any speedup whose images have at least this PSNR")
+    bound.add_argument(
+        "--min-ssim", type=float, metavar="S", help="allow any speedup whose images have at least this SSIM, 0 to 1"
     )
     group.add_argument("--seed", type=int, metavar="N", help="-1: random")
     group.add_argument(
@@ -313,6 +324,9 @@ def _options(arguments: argparse.Namespace) -> "TransformOptions":
         "true_cfg_scale": arguments.true_cfg_scale,
         "reference_images": arguments.references,
         "loras": _loras(arguments.lora),
+        "fidelity": arguments.fidelity,
+        "min_psnr_db": arguments.min_psnr,
+        "min_ssim": arguments.min_ssim,
     }
 
 
@@ -348,12 +362,20 @@ def _report(result: TransformResult, places: tuple[str, ...], output: Output, *,
             for place, image in zip(places, result.images, strict=True)
         ]
         model = {"id": result.model_id, "revision": result.model_revision}
-        made = {"images": images, "model": model, "engine": result.engine, "timings": timings, "request_id": result.request_id}
+        made: dict[str, Any] = {
+            "images": images,
+            "model": model,
+            "engine": result.engine,
+            "timings": timings,
+            "request_id": result.request_id,
+        }
+        made["speedup"] = None if result.speedup is None else asdict(result.speedup)
         made["warnings"] = [asdict(warning) for warning in result.warnings]
         print(json.dumps(made))
         return
     stream = sys.stderr if output.path is None and not output.as_asset else sys.stdout
     for place, image in zip(places, result.images, strict=False):
         print(f"{place}  {image.width} x {image.height}, seed {image.seed}", file=stream)
-    print(f"{result.model_id} on {result.engine}", file=stream)
+    used = "" if result.speedup is None else f", {result.speedup.times_faster:.2f} x less work: {result.speedup.name}"
+    print(f"{result.model_id} on {result.engine}{used}", file=stream)
     print(", ".join(f"{name.removesuffix('_ms')} {value:.0f} ms" for name, value in timings.items()), file=stream)

@@ -20,6 +20,9 @@ ModelState = Literal["unspecified", "unloaded", "loading", "ready", "failed"]
 EngineState = Literal["unspecified", "building", "checking", "serving", "rejected", "failed"]
 """The state of a candidate engine for a model."""
 
+Level = Literal["exact", "high", "fast"]
+"""A named bound of how near an image must be to the exact one."""
+
 FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 """Image formats by file suffix."""
 
@@ -72,6 +75,21 @@ class FieldInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeedupInfo:
+    """A way in which a model skips work for requests with a `fidelity`: how many times less work on average, the PSNR (in
+    decibels) and SSIM of the worst reference image and their means, and the requests that it is used for."""
+
+    name: str
+    times_faster: float
+    min_psnr_db: float
+    mean_psnr_db: float
+    min_ssim: float
+    mean_ssim: float
+    min_inference_steps: int
+    max_guidance_scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model on the server.
 
@@ -80,6 +98,7 @@ class ModelInfo:
     request can choose, empty if the model supports only its own. `engines` are candidate engines. `memory_bytes` were measured
     when it was loaded, None if unknown. `detail` is a readable text: the current loading step, or why the model is not ready.
     `fields` are the options that requests can set, empty if the model is not ready or the server is older than this list.
+    `speedups` are what a request's `fidelity` can buy, the fastest first.
     """
 
     id: str
@@ -97,6 +116,7 @@ class ModelInfo:
     memory_bytes: int | None = None
     detail: str = ""
     fields: tuple[FieldInfo, ...] = ()
+    speedups: tuple[SpeedupInfo, ...] = ()
 
     def field(self, name: str) -> FieldInfo | None:
         """The option of that name, None if the model does not take it or `fields` is empty."""
@@ -199,10 +219,22 @@ class TransformWarning:
 
 
 @dataclass(frozen=True, slots=True)
+class UsedSpeedup:
+    """The speedup that a request ran with: its name, how many times less work the request was, and the PSNR (in decibels) and
+    SSIM of the worst reference image."""
+
+    name: str
+    times_faster: float
+    min_psnr_db: float
+    min_ssim: float
+
+
+@dataclass(frozen=True, slots=True)
 class TransformResult:
     """The finished images, at least one, with their model and engine (such as "onnx:cuda" or "torch:cpu").
 
-    `request_id` identifies the call in the server's log, "" if the server sent none.
+    `request_id` identifies the call in the server's log, "" if the server sent none. `speedup` is None if all steps were
+    computed in full.
     """
 
     images: tuple[TransformedImage, ...]
@@ -212,6 +244,7 @@ class TransformResult:
     timings: Timings
     request_id: str = ""
     warnings: tuple[TransformWarning, ...] = ()
+    speedup: UsedSpeedup | None = None
 
     @property
     def image(self) -> "Image.Image":

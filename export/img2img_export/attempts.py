@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from img2img_server.bundle.manifest import LIMITS, Component, ImageParity, Manifest, Reference, Source, Verification
+from img2img_server.bundle.speedups import NONE, Speedups
+from img2img_server.errors import InvalidField
 from img2img_server.runtime.schedulers import registry
 from PIL import Image
 
@@ -45,6 +47,7 @@ class Attempt:
     latent_preview: LatentPreview = ()
     size_multiple: int | None = None
     references: tuple[Reference, ...] = ()
+    speedups: Speedups = NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +116,32 @@ def _attempt(
         worst = min(part.psnr_db for part in compared)
         enough = worst >= _AIM_DB or (converter.is_strictest and all(part.passed for part in compared))
         if enough or not (again := converter.tighten()):
-            return _judge(attempt, drawn.cases, drawn.references, compared, generated, options, bundle)
+            judged = _judge(attempt, drawn.cases, drawn.references, compared, generated, options, bundle)
+            return _with_speedups(judged, made, options, bundle, progress)
         progress.stage(f"the worst image has {worst:.1f} dB, less than {_AIM_DB:g}: quantizing less")
         made |= {part.component.name: part for component in again for part in converter.convert(component)}
+
+
+def _with_speedups(
+    attempt: Attempt, made: Mapping[str, Made], options: ExportOptions, bundle: Path, progress: Progress
+) -> Attempt:
+    """The attempt with the measured speedups, if the options ask for them."""
+    if not options.speedups:
+        return attempt
+    if attempt.plan.family == models.WHOLE:
+        progress.stage("no speedups: the model runs as a whole")
+        return attempt
+    from img2img_export.verify.speedups import measure_speedups
+
+    cost = min((part.light_cost for part in made.values()), default=1.0)
+    # Emulated graphs take other times than those on a GPU.
+    timed = options.precision in ("fp32", "int8")
+    try:
+        with images.loaded(bundle, describe(attempt, options), options.precision) as pipeline:
+            return dataclasses.replace(attempt, speedups=measure_speedups(pipeline, cost, progress, timed))
+    except InvalidField as error:
+        progress.stage(f"no speedups: {error}")
+        return attempt
 
 
 def verify(
@@ -175,6 +201,7 @@ def describe(attempt: Attempt, options: ExportOptions) -> Manifest:
         precision=options.precision,
         size_multiple=attempt.size_multiple,
         references=attempt.references,
+        speedups=attempt.speedups,
     )
 
 

@@ -111,6 +111,8 @@ def _recorded(options: ExportOptions) -> dict[str, str]:
         recorded["allow_unverified"] = "yes"
     if not options.lora_graphs:
         recorded["lora_graphs"] = "no"
+    if options.speedups:
+        recorded["speedups"] = "yes"
     return recorded
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from img2img_server.bundle.adapters import LORA_NAME
 from img2img_server.bundle.manifest import LIMITS, AccuracyLimits, Component, ComponentParity, Precision
+from img2img_server.bundle.speedups import LIGHT_NAME
 
-from img2img_export.convert import lora_graph, parts, split_graph
+from img2img_export.convert import light_graph, lora_graph, parts, split_graph
 from img2img_export.convert.calibration import Calibration
 from img2img_export.convert.external_weights import GRAPH_NAME, ExternalWeightsGraph
 from img2img_export.convert.fp32_compute import computing_in_fp32
@@ -40,6 +41,7 @@ from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.read.checkpoint import DENOISERS
 from img2img_export.verify import lora_cases, token_cases
+from img2img_export.verify.light_cases import light_cases
 from img2img_export.verify.parity import Case, compare, make_cases, open_fused, open_graph, takes_any_size
 from img2img_export.verify.recorded_inputs import VAE, Calls
 
@@ -75,7 +77,8 @@ _TRANSFORMER = "transformer"
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Written:
     """The graphs of a part in its folder, and what they are compared with. `lora` describes the LoRA graph, None if there is
-    none; `trouble` is why a further graph could not be made, or ""; `kept` are the layers that static int8 left in fp32."""
+    none; `trouble` is why a further graph could not be made, or ""; `kept` are the layers that static int8 left in fp32;
+    `light_cost` is that of a UNet's light graph, relative to the whole one, None if there is none."""
 
     part: Part
     cases: list[Case]
@@ -83,15 +86,18 @@ class _Written:
     lora_cases: list[Case] = dataclasses.field(default_factory=list)
     trouble: str = ""
     kept: tuple[str, ...] = ()
+    light_cost: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Made:
-    """A written graph: its manifest entry, the measurements, and one message per failed comparison."""
+    """A written graph: its manifest entry, the measurements, and one message per failed comparison. `light_cost` is that of its
+    light graph, relative to the whole one; 1 without one."""
 
     component: Component
     parities: tuple[ComponentParity, ...]
     problems: tuple[str, ...] = ()
+    light_cost: float = 1.0
 
 
 class Converter:
@@ -169,6 +175,8 @@ class Converter:
             "fused": (f"{FUSED}/{GRAPH_NAME}", FUSED_ATTENTION),
             "lora": (LORA_NAME,),
             "fused_lora": (f"{FUSED}/{LORA_NAME}", LORA_FUSED_ATTENTION),
+            "light": (LIGHT_NAME,),
+            "fused_light": (f"{FUSED}/{LIGHT_NAME}",),
         }
         for field, files in graphs.items():
             path = next((folder / file for file in files if (folder / file).is_file()), None)
@@ -177,13 +185,18 @@ class Converter:
                 parities += found
                 further[field] = path.relative_to(self._bundle).as_posix() if found else ""
                 reasons += [reason] if reason else []
-        return Made(dataclasses.replace(record, reason="; ".join(reasons), **further), tuple(parities), problems)
+        cost = written.light_cost if further.get("light") and written.light_cost is not None else 1.0
+        return Made(dataclasses.replace(record, reason="; ".join(reasons), **further), tuple(parities), problems, cost)
 
     def _compare(self, written: _Written, field: str, path: Path, precision: Precision) -> tuple[list[ComponentParity], str]:
         """Compares a further graph. If it fails, the graph is removed, and the measurements are empty, with the reason."""
         expanded, words = field.startswith("fused") and written.part.name != _TRANSFORMER, field.replace("_", " ")
         part, cases = (written.lora, written.lora_cases) if "lora" in field else (written.part, written.cases)
         assert part is not None, "a LoRA graph is described"
+        if "light" in field:
+            # Random inputs lie outside of the ranges that int8 is calibrated for.
+            known = [case for case in cases if not (case.is_random and precision == "int8")]
+            part, cases = light_cases(part, known)
         try:
             session = open_fused(path) if expanded else open_graph(path)
             parities = compare(part, session, cases, LIMITS[precision], words)
@@ -215,7 +228,7 @@ class Converter:
         with quiet():
             _save_config(module, folder, self._options.precision)
             with computing_in_fp32(module):
-                part, example, cases = described(name, module, calls)
+                part, example, cases, cost = self._described(name, module, calls)
                 largest = sorted(cases, key=lambda case: len(next(iter(case.inputs.values()))))[-2:]
                 compared = lora_cases.lora_cases(part, module, layers, largest) if layers else []
             external = _make(module, part, example, precision)
@@ -230,6 +243,7 @@ class Converter:
             if precision == "int8" and name in STATIC_GRAPHS:
                 with computing_in_fp32(module):
                     external, kept = self._quantized(external, module, part, calls)
+            beside |= _light(external, cost)
         external.write(folder, self._progress, name, beside)
         if name in self._calibrations:
             self._calibrations[name].release()
@@ -246,7 +260,17 @@ class Converter:
         except (*FAILURES, ExportError) as error:
             _remove_fused(folder)
             troubles.append(f"no fused graph: {type(error).__name__}: {first_line(error)}")
-        return _Written(part, cases, lora, compared, "; ".join(troubles), kept)
+        return _Written(part, cases, lora, compared, "; ".join(troubles), kept, cost)
+
+    def _described(self, name: str, module: Any, calls: Calls) -> tuple[Part, Tensors, list[Case], float | None]:
+        """As `described`, and the cost of the light graph, None if there is none to make; with one, the graph has the deep
+        features as an output."""
+        part, example, cases = described(name, module, calls)
+        if not self._options.speedups or not light_graph.has_light_graph(module):
+            return part, example, cases, None
+        cost = light_graph.light_cost(module, part, example)
+        part = light_graph.with_features(part, module)
+        return part, example, make_cases(part, module, calls), cost
 
     def _quantized(
         self, graph: ExternalWeightsGraph, module: Any, part: Part, calls: Calls
@@ -268,6 +292,11 @@ class Converter:
         )
         self._calibrations[part.name] = calibration
         return result, choice.kept
+
+
+def _light(graph: ExternalWeightsGraph, cost: float | None) -> dict[str, ExternalWeightsGraph]:
+    """The light graph of a graph, by its file's name; empty if it has no `cost`."""
+    return {} if cost is None else {LIGHT_NAME: light_graph.cut(graph)}
 
 
 def described(name: str, module: Any, calls: Calls) -> tuple[Part, Tensors, list[Case]]:

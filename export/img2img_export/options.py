@@ -27,7 +27,7 @@ class ExportOptions:
     compare with. `backend` "auto" makes graphs of all parts and falls back to hybrid, then torch; the others fail if not
     possible. `scheduler` is the bundle's default scheduler (one of the server's names). `force` replaces another bundle at
     `output`; `allow_unverified` publishes a bundle that failed verification. `lora_graphs` also makes the graphs for
-    requests with LoRAs.
+    requests with LoRAs. `speedups` measures what requests that need not be exact can skip.
     """
 
     source: str
@@ -45,3 +45,4 @@ class ExportOptions:
     force: bool = False
     allow_unverified: bool = False
     lora_graphs: bool = True
+    speedups: bool = False

@@ -27,6 +27,9 @@ _FITS: "dict[Fit | Literal['', 'exact'], str]" = {
     "exact": "Exact width and height",
     **{side: f"Longest side {side}" for side in (512, 768, 1024, 1536, 2048)},
 }
+_FIDELITIES = {"": "Exact", "high": "High: faster, hardly different", "fast": "Fast: other details"}
+_CHOICES = frozenset(("scheduler", "fidelity"))
+"""Settings that are None if nothing is chosen."""
 _STATES = {"loading": "loading", "failed": "failed", "unloaded": "not loaded"}
 _SEED_BITS = 32
 _SEED_DIGITS = 19
@@ -73,6 +76,8 @@ class Controls:
                 {"": "Model's default"}, label="Scheduler", value="", on_change=self._on_change("scheduler")
             )
             self.scheduler.props("outlined dense hide-bottom-space data-field=scheduler popup-content-class=menu")
+            self.fidelity = ui.select({"": "Exact"}, label="Fidelity", value="", on_change=self._on_change("fidelity"))
+            self.fidelity.props("outlined dense hide-bottom-space data-field=fidelity popup-content-class=menu")
             self.fit = ui.select(dict(_FITS), label="Size", value="native", on_change=self._take_fit)
             self.fit.props("outlined dense hide-bottom-space data-field=fit popup-content-class=menu")
             with ui.element("div").classes("exact-size") as self._exact:
@@ -128,6 +133,7 @@ class Controls:
             "image_count": self.count.field,
             "mask_blur": self.mask_blur.field,
             "loras": self.loras.field,
+            "fidelity": self.fidelity,
             "width": self.width,
             "height": self.height,
         }
@@ -139,6 +145,7 @@ class Controls:
         self.true_cfg.follow(model, is_usual=False)
         self.negative.set_visibility(model is None or model.takes("negative_prompt"))
         self.scheduler.set_visibility(model is None or model.takes("scheduler"))
+        self.fidelity.set_visibility(model is not None and bool(model.speedups))
 
     def _show_choices(self, settings: Settings) -> None:
         default = next((model.id for model in self._models if model.is_default), None)
@@ -155,12 +162,16 @@ class Controls:
         if settings.scheduler and settings.scheduler not in known:
             known = (*known, settings.scheduler)
         self.scheduler.set_options({"": "Model's default"} | {name: name for name in known}, value=settings.scheduler or "")
+        levels = dict(_FIDELITIES)
+        if settings.fidelity and settings.fidelity not in levels:
+            levels[settings.fidelity] = settings.fidelity
+        self.fidelity.set_options(levels, value=settings.fidelity or "")
 
     def _on_change(self, name: str) -> Callable[[object], None]:
         def on_change(event: object) -> None:
             if not self._showing:
                 value = getattr(event, "value", None)
-                self._change(**{name: (value or None) if name == "scheduler" else (value or "")})
+                self._change(**{name: (value or None) if name in _CHOICES else (value or "")})
 
         return on_change
 

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from img2img_client import ModelReference, recorded_options
 
 if TYPE_CHECKING:
     from img2img_client.options import Fit, TransformOptions
-    from img2img_client.values import ModelInfo
+    from img2img_client.values import Level, ModelInfo
 
 DEFAULT_PROMPT = "A beautiful landscape with mountains and a lake at sunset"
 """The contract's default prompt (image_to_image.proto)."""
@@ -48,6 +48,7 @@ class Settings:
     height: int | None = None
     mask_blur: float | None = None
     loras: Mapping[str, float] = field(default_factory=dict)
+    fidelity: str | None = None
 
     @property
     def has_exact_size(self) -> bool:
@@ -72,6 +73,7 @@ class Settings:
             "true_cfg_scale": self.true_cfg_scale,
             "mask_blur": self.mask_blur or None,
             "loras": dict(self.loras) or None,
+            "fidelity": cast("Level | None", self.fidelity),
         }
         return {name: value for name, value in options.items() if value is not None}  # type: ignore[return-value]
 
@@ -85,6 +87,8 @@ class Settings:
             kept = replace(kept, scheduler=None)
         if not model.takes("loras"):
             kept = replace(kept, loras={})
+        if not model.speedups:
+            kept = replace(kept, fidelity=None)
         if not kept.negative_prompt:  # true_cfg_scale needs one
             numbers["true_cfg_scale"] = None
         return replace(kept, **numbers)  # type: ignore[arg-type]
@@ -133,7 +137,7 @@ def model_of(settings: Settings, models: "Sequence[ModelInfo]") -> "ModelInfo | 
 
 _NAMES = frozenset(item.name for item in fields(Settings))
 _TEXTS = frozenset(("prompt", "negative_prompt"))
-_NAMED = frozenset(("model", "scheduler"))
+_NAMED = frozenset(("model", "scheduler", "fidelity"))
 _DECIMALS = frozenset(("strength", "guidance_scale", "true_cfg_scale", "mask_blur"))
 
 

@@ -73,7 +73,21 @@ def test_options_cover_every_field_of_the_contract() -> None:
     from img2img_client import TransformOptions
 
     fields = {field.name for field in messages.TransformRequest.DESCRIPTOR.fields} - {"image", "output"}
-    assert set(TransformOptions.__annotations__) == fields | {field.name for field in messages.OutputOptions.DESCRIPTOR.fields}
+    inner = {field.name for of in (messages.OutputOptions, messages.Fidelity) for field in of.DESCRIPTOR.fields} - {"level"}
+    assert set(TransformOptions.__annotations__) == fields | inner
+
+
+def test_a_bound_is_a_level_a_psnr_or_an_ssim(client: Client, service: FakeService) -> None:
+    for options in ({"fidelity": "exact"}, {"fidelity": "high"}, {"fidelity": "fast"}, {"min_psnr_db": 0.0}, {"min_ssim": 0.9}):
+        client.transform(b"file", **options)
+    levels = (messages.FIDELITY_LEVEL_EXACT, messages.FIDELITY_LEVEL_HIGH, messages.FIDELITY_LEVEL_FAST)
+    sent = [request.fidelity for request in service.requests]
+    assert sent[:3] == [messages.Fidelity(level=level) for level in levels]
+    assert sent[3:] == [messages.Fidelity(min_psnr_db=0.0), messages.Fidelity(min_ssim=0.9)]
+    with pytest.raises(ValueError, match="fidelity and min_ssim are both a bound"):
+        client.transform(b"file", fidelity="fast", min_ssim=0.9)
+    with pytest.raises(ValueError, match="fidelity must be one of exact, high, fast"):
+        client.transform(b"file", fidelity="best")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -115,6 +115,8 @@ def test_empty_request_gets_the_documented_defaults(
     none = {name: told.pop(name).partition(",")[0] for name in ("fit", "mask", "reference_images", "loras")}
     assert set(none.values()) == {"none"}
     assert (request.mask, request.loras) == (None, ())
+    assert told.pop("fidelity") == "exact"
+    assert request.fidelity.is_exact
     assert (told.pop("mask_blur"), told.pop("mask_invert"), told.pop("mask_paste")) == ("0", "false", "true")
     assert told.pop("true_cfg_scale") == "the model's own"
     assert told == {"image": "", "model": ""}

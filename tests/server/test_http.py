@@ -268,6 +268,8 @@ WRONG = [
     (("image[]", png()), "image"),
     (("mask", png()), "mask"),
     (("loras", "[]"), "loras"),
+    (("fidelity", "best"), "fidelity"),
+    (("fidelity", "200dB"), "fidelity"),
     (("controls", "[]"), "controls"),
     (("input_fidelity", "high"), "input_fidelity"),
     (("nonsense", "1"), "nonsense"),

@@ -25,7 +25,7 @@ def make_job(number: int, steps: int, client: str = "", **settings: object) -> J
 
 def ticket_of(job: Job) -> Ticket:
     request = make_request(client=job.client, background=job.background, deadline=job.deadline)
-    return Ticket(request, Plan(0, 64, 1, job.steps_left), lambda event: None, job.number, 0.0)
+    return Ticket(request, Plan(0, 64, 1, int(job.steps_left)), lambda event: None, job.number, 0.0)
 
 
 @dataclass(slots=True)

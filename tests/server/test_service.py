@@ -143,6 +143,13 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "a width of 0": ({"width": 0}, "width"),
     "a negative height": ({"height": -64}, "height"),
     "a huge width": ({"width": 2**30}, "width"),
+    "an unknown level": ({"fidelity": pb.Fidelity(level=99)}, "fidelity.level"),  # type: ignore[arg-type]
+    "a negative level": ({"fidelity": pb.Fidelity(level=-1)}, "fidelity.level"),  # type: ignore[arg-type]
+    "a PSNR below 0": ({"fidelity": pb.Fidelity(min_psnr_db=-0.1)}, "fidelity.min_psnr_db"),
+    "a PSNR above 100": ({"fidelity": pb.Fidelity(min_psnr_db=100.5)}, "fidelity.min_psnr_db"),
+    "a PSNR of NaN": ({"fidelity": pb.Fidelity(min_psnr_db=math.nan)}, "fidelity.min_psnr_db"),
+    "an SSIM below 0": ({"fidelity": pb.Fidelity(min_ssim=-0.1)}, "fidelity.min_ssim"),
+    "an SSIM above 1": ({"fidelity": pb.Fidelity(min_ssim=1.01)}, "fidelity.min_ssim"),
     "fit without a rule": ({"fit": pb.Fit()}, "fit"),
     "fit beside a width": ({"fit": NATIVE, "width": 16}, "fit"),
     "fit beside a height": ({"fit": pb.Fit(longest_side=16), "height": 16}, "fit"),

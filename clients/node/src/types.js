@@ -24,7 +24,19 @@
  * @property {ImageSource[]} [reference_images]
  * @property {number} [true_cfg_scale]
  * @property {Lora[]} [loras]
+ * @property {Fidelity} [fidelity]
  */
+
+/**
+ * At most one of its fields.
+ *
+ * @typedef {object} Fidelity
+ * @property {FidelityLevel} [level]
+ * @property {number} [min_psnr_db]
+ * @property {number} [min_ssim]
+ */
+
+/** @typedef {"FIDELITY_LEVEL_UNSPECIFIED" | "FIDELITY_LEVEL_EXACT" | "FIDELITY_LEVEL_HIGH" | "FIDELITY_LEVEL_FAST"} FidelityLevel */
 
 /**
  * @typedef {object} Lora
@@ -82,6 +94,15 @@
  * @property {string} engine
  * @property {Timings} timings
  * @property {Warning[]} warnings
+ * @property {UsedSpeedup | null} speedup null if all steps were computed in full
+ */
+
+/**
+ * @typedef {object} UsedSpeedup
+ * @property {string} name
+ * @property {number} times_faster
+ * @property {number} min_psnr_db
+ * @property {number} min_ssim
  */
 
 /**
@@ -159,6 +180,19 @@
  * @property {string} memory_bytes
  * @property {string} detail
  * @property {RequestField[]} fields
+ * @property {Speedup[]} speedups
+ */
+
+/**
+ * @typedef {object} Speedup
+ * @property {string} name
+ * @property {number} times_faster
+ * @property {number} min_psnr_db
+ * @property {number} mean_psnr_db
+ * @property {number} min_ssim
+ * @property {number} mean_ssim
+ * @property {number} min_inference_steps
+ * @property {number} max_guidance_scale
  */
 
 /**

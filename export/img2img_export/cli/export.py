@@ -126,6 +126,12 @@ def _add_making(group: Any) -> None:
         "is traced and compared, too",
     )
     group.add_argument(
+        "--speedups",
+        action="store_true",
+        help="measure how much faster requests run that need not be exact (fidelity), and how much their images change; takes as "
+        "long as a few hundred images",
+    )
+    group.add_argument(
         "--allow-unverified",
         action="store_true",
         help="publish the bundle even if verification fails; it is marked as not verified",
@@ -211,6 +217,7 @@ def options_of(arguments: argparse.Namespace) -> ExportOptions:
         force=arguments.force,
         allow_unverified=arguments.allow_unverified,
         lora_graphs=arguments.lora_graphs,
+        speedups=arguments.speedups,
     )
 
 
@@ -247,4 +254,5 @@ def record_of(outcome: "Outcome") -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in outcome.path.rglob("*") if path.is_file()),
         "up_to_date": outcome.up_to_date,
         "verification": dataclasses.asdict(manifest.verification),
+        "speedups": dataclasses.asdict(manifest.speedups),
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from img2img_server.bundle.manifest import ComponentParity, Manifest, list_files, read_manifest
+from img2img_server.bundle.speedups import Speedups
 from img2img_server.errors import BundleError
 
 from img2img_export.cli.terminal import as_json, choose, quantity
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 22
 _SHOWN = 3
 _GRAPH_COLUMNS = ("component", "graph", ">cases", ">greatest difference", ">relative error", "")
+_SPEEDUP_COLUMNS = ("setting", ">less work", ">faster", ">PSNR", ">SSIM")
 _IMAGE_COLUMNS = ("case", ">PSNR", ">SSIM", ">greatest difference", "")
 
 _EPILOG = """\
@@ -154,7 +156,27 @@ def show(found: Inspection, console: "Console") -> None:
         for part in manifest.components
     )
     print_table(console, "components", columns, rows)
+    if manifest.speedups.table:
+        _show_speedups(manifest.speedups, console)
     _show_verification(found, console)
+
+
+def _show_speedups(speedups: Speedups, console: "Console") -> None:
+    title = (
+        f"speedups, on {speedups.images} images of {speedups.least_steps} or more inference steps, guidance scale up to "
+        f"{speedups.most_guidance:g}: work, time, PSNR and SSIM (worst and mean)"
+    )
+    rows = (
+        (
+            one.name,
+            f"{one.times_faster:.2f} x",
+            f"{one.cpu_times_faster:.2f} x" if one.cpu_times_faster else "",
+            f"{decibels(one.psnr_db)} ({decibels(one.mean_psnr_db)})",
+            f"{one.ssim:.4f} ({one.mean_ssim:.4f})",
+        )
+        for one in speedups.table
+    )
+    print_table(console, title, _SPEEDUP_COLUMNS, rows)
 
 
 def _kept(layers: tuple[str, ...]) -> str:

@@ -29,13 +29,13 @@ def split(folder: Path) -> bool:
     cut = _cut(model.graph, timed)
     if not cut:
         return False
-    head = _part(model, [item.name for item in model.graph.input], cut)
+    head = subgraph(model, [item.name for item in model.graph.input], cut)
     embedding = _specified(head)
     if any(item.type.tensor_type.elem_type not in _FLOATS for item in embedding):
         return False
     del head.graph.output[:]
     head.graph.output.extend(embedding)
-    body = _part(model, [*(item.name for item in model.graph.input), *cut], [item.name for item in model.graph.output])
+    body = subgraph(model, [*(item.name for item in model.graph.input), *cut], [item.name for item in model.graph.output])
     body.graph.input.extend(embedding)
     onnx.save(head, str(folder / HEAD_NAME))
     onnx.save(body, str(folder / BODY_NAME))
@@ -77,7 +77,7 @@ def _cut(graph: GraphProto, timed: set[str]) -> list[str]:
     return sorted({name for node in outside for name in node.input if name in made})
 
 
-def _part(model: ModelProto, inputs: list[str], outputs: list[str]) -> ModelProto:
+def subgraph(model: ModelProto, inputs: list[str], outputs: list[str]) -> ModelProto:
     """The subgraph between `inputs` and `outputs`, with the initializers and model inputs that it reads."""
     nodes = _between(model.graph, set(inputs), outputs)
     read = {name for node in nodes for name in node.input}

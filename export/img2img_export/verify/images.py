@@ -1,7 +1,8 @@
 """Compares final images of the server's pipeline with those of diffusers' AutoPipelineForImage2Image for the same seeds."""
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,21 @@ def make_references(pipeline: Any, cases: Sequence[ImageCase]) -> list[Image.Ima
 def compare_images(
     bundle: Path, manifest: Manifest, cases: Sequence[ImageCase], references: Sequence[Image.Image], precision: Precision
 ) -> tuple[tuple[ImageParity, ...], list[Image.Image]]:
-    """Runs each case through the server's pipeline on the CPU, and compares the image with its reference.
-
-    Graphs in half precision are emulated as on a GPU (emulation.py).
-    """
+    """Runs each case through the server's pipeline on the CPU, and compares the image with its reference."""
     from img2img_server.engine.request import run_alone
+
+    with loaded(bundle, manifest, precision) as pipeline:
+        images = [run_alone(pipeline, case.request)[0] for case in cases]
+    compared = zip(cases, images, references, strict=True)
+    return tuple(measure(case.name, image, reference, precision) for case, image, reference in compared), images
+
+
+@contextlib.contextmanager
+def loaded(bundle: Path, manifest: Manifest, precision: Precision) -> Iterator[Any]:
+    """The server's pipeline of the bundle, on the CPU. Graphs in half precision are emulated as on a GPU (emulation.py).
+
+    Failures within the block become ExportErrors.
+    """
     from img2img_server.runtime.execution import Execution
     from img2img_server.runtime.loader import load_pipeline
     from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
@@ -156,16 +167,13 @@ def compare_images(
     threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
     try:
         with quiet():
-            pipeline = load_pipeline(bundle, manifest, Execution("cpu"), open_graph=open_graph)
-            images = [run_alone(pipeline, case.request)[0] for case in cases]
+            yield load_pipeline(bundle, manifest, Execution("cpu"), open_graph=open_graph)
     except (*_FAILURES, *RUNTIME_ERRORS, BundleError, ServerError) as error:
         raise ExportError(f"the server's pipeline cannot run the model: {type(error).__name__}: {first_line(error)}") from error
     finally:
         # The server's loader changes both for the whole process.
         torch.set_num_threads(threads)
         torch.set_grad_enabled(gradients)
-    compared = zip(cases, images, references, strict=True)
-    return tuple(measure(case.name, image, reference, precision) for case, image, reference in compared), images
 
 
 def measure(case: str, image: Image.Image, reference: Image.Image, precision: Precision = "fp32") -> ImageParity:

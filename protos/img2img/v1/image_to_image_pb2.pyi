@@ -19,6 +19,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _FidelityLevel:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FidelityLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FidelityLevel.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FIDELITY_LEVEL_UNSPECIFIED: _FidelityLevel.ValueType  # 0
+    """Exact."""
+    FIDELITY_LEVEL_EXACT: _FidelityLevel.ValueType  # 1
+    """All steps in full."""
+    FIDELITY_LEVEL_HIGH: _FidelityLevel.ValueType  # 2
+    """At least 35 dB: differences are hard to see."""
+    FIDELITY_LEVEL_FAST: _FidelityLevel.ValueType  # 3
+    """At least 30 dB: the same image, with other details."""
+
+class FidelityLevel(_FidelityLevel, metaclass=_FidelityLevelEnumTypeWrapper):
+    """A named bound."""
+
+FIDELITY_LEVEL_UNSPECIFIED: FidelityLevel.ValueType  # 0
+"""Exact."""
+FIDELITY_LEVEL_EXACT: FidelityLevel.ValueType  # 1
+"""All steps in full."""
+FIDELITY_LEVEL_HIGH: FidelityLevel.ValueType  # 2
+"""At least 35 dB: differences are hard to see."""
+FIDELITY_LEVEL_FAST: FidelityLevel.ValueType  # 3
+"""At least 30 dB: the same image, with other details."""
+Global___FidelityLevel: _TypeAlias = FidelityLevel  # noqa: Y015
+
 class _OutputFormat:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -78,6 +106,7 @@ class TransformRequest(_message.Message):
     REFERENCE_IMAGES_FIELD_NUMBER: _builtins.int
     TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
     LORAS_FIELD_NUMBER: _builtins.int
+    FIDELITY_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What the image should become, at most 4096 characters. Default: "A beautiful landscape with mountains and a lake at sunset"."""
     negative_prompt: _builtins.str
@@ -165,6 +194,13 @@ class TransformRequest(_message.Message):
         Not every model takes them: see docs/loras.md. Default: none.
         """
 
+    @_builtins.property
+    def fidelity(self) -> Global___Fidelity:
+        """How near the images must be to those of the same request without it, for speed: the server skips as much work as the bound
+        allows by the model's speedups (the speedups of GetModel). Without one that fits, all steps are computed in full, and a warning
+        with the code FIDELITY_EXACT says why. Default: exact.
+        """
+
     def __init__(
         self,
         *,
@@ -190,10 +226,11 @@ class TransformRequest(_message.Message):
         reference_images: _abc.Iterable[Global___ImageSource] | None = ...,
         true_cfg_scale: _builtins.float | None = ...,
         loras: _abc.Iterable[Global___Lora] | None = ...,
+        fidelity: Global___Fidelity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "fidelity", b"fidelity", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "loras", b"loras", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "reference_images", b"reference_images", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "fidelity", b"fidelity", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "loras", b"loras", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "reference_images", b"reference_images", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -257,6 +294,40 @@ class TransformRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width) -> _WhichOneofReturnType__width | None: ...
 
 Global___TransformRequest: _TypeAlias = TransformRequest  # noqa: Y015
+
+@_typing.final
+class Fidelity(_message.Message):
+    """How near an image must be to the exact one. Bounds are compared with the worst of the reference images that the speedups were
+    measured with: other images may differ more.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEVEL_FIELD_NUMBER: _builtins.int
+    MIN_PSNR_DB_FIELD_NUMBER: _builtins.int
+    MIN_SSIM_FIELD_NUMBER: _builtins.int
+    level: Global___FidelityLevel.ValueType
+    """A named bound."""
+    min_psnr_db: _builtins.float
+    """The least PSNR in decibels, 0 to 100."""
+    min_ssim: _builtins.float
+    """The least structural similarity (SSIM), 0 to 1."""
+    def __init__(
+        self,
+        *,
+        level: Global___FidelityLevel.ValueType = ...,
+        min_psnr_db: _builtins.float = ...,
+        min_ssim: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "level", b"level", "min_psnr_db", b"min_psnr_db", "min_ssim", b"min_ssim"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "level", b"level", "min_psnr_db", b"min_psnr_db", "min_ssim", b"min_ssim"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_bound: _TypeAlias = _typing.Literal["level", "min_psnr_db", "min_ssim"]  # noqa: Y015
+    _WhichOneofArgType_bound: _TypeAlias = _typing.Literal["bound", b"bound"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_bound) -> _WhichOneofReturnType_bound | None: ...
+
+Global___Fidelity: _TypeAlias = Fidelity  # noqa: Y015
 
 @_typing.final
 class Lora(_message.Message):
@@ -466,6 +537,7 @@ class TransformResponse(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    SPEEDUP_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The id of the model, as in ListModels."""
     model_revision: _builtins.str
@@ -484,6 +556,10 @@ class TransformResponse(_message.Message):
     def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Warning]:
         """Warnings about a finished request, such as a prompt that was too long; usually empty."""
 
+    @_builtins.property
+    def speedup(self) -> Global___UsedSpeedup:
+        """The speedup that the request ran with; unset if all of its steps were computed in full."""
+
     def __init__(
         self,
         *,
@@ -493,14 +569,49 @@ class TransformResponse(_message.Message):
         engine: _builtins.str = ...,
         timings: Global___Timings | None = ...,
         warnings: _abc.Iterable[Global___Warning] | None = ...,
+        speedup: Global___UsedSpeedup | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["speedup", b"speedup", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "images", b"images", "model_id", b"model_id", "model_revision", b"model_revision", "timings", b"timings", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "images", b"images", "model_id", b"model_id", "model_revision", b"model_revision", "speedup", b"speedup", "timings", b"timings", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TransformResponse: _TypeAlias = TransformResponse  # noqa: Y015
+
+@_typing.final
+class UsedSpeedup(_message.Message):
+    """The speedup that a request ran with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TIMES_FASTER_FIELD_NUMBER: _builtins.int
+    MIN_PSNR_DB_FIELD_NUMBER: _builtins.int
+    MIN_SSIM_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, as in the speedups of GetModel."""
+    times_faster: _builtins.float
+    """How many times less work the denoiser had for this request."""
+    min_psnr_db: _builtins.float
+    """The PSNR of the worst reference image, in decibels."""
+    min_ssim: _builtins.float
+    """The SSIM of the worst reference image."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        times_faster: _builtins.float = ...,
+        min_psnr_db: _builtins.float = ...,
+        min_ssim: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_psnr_db", b"min_psnr_db", "min_ssim", b"min_ssim", "name", b"name", "times_faster", b"times_faster"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsedSpeedup: _TypeAlias = UsedSpeedup  # noqa: Y015
 
 @_typing.final
 class Warning(_message.Message):
@@ -517,7 +628,8 @@ class Warning(_message.Message):
     """A readable description."""
     code: _builtins.str
     """A stable code for programs. PROMPT_TRUNCATED: the text has more tokens than a tokenizer of the model reads; the description has
-    the dropped text. Newer servers may send other codes.
+    the dropped text. FIDELITY_EXACT: the request allows a speedup by its fidelity, and none was used. Newer servers may send other
+    codes.
     """
     def __init__(
         self,

@@ -109,6 +109,7 @@ class Model(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     FIELDS_FIELD_NUMBER: _builtins.int
+    SPEEDUPS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The folder of its bundle in the store."""
     family: _builtins.str
@@ -151,6 +152,12 @@ class Model(_message.Message):
         refused. Empty unless it is ready.
         """
 
+    @_builtins.property
+    def speedups(self) -> _containers.RepeatedCompositeFieldContainer[Global___Speedup]:
+        """What a request's fidelity can buy, the fastest first; empty if it was not measured (`img2img export --speedups`), or the model is
+        not ready.
+        """
+
     def __init__(
         self,
         *,
@@ -169,14 +176,67 @@ class Model(_message.Message):
         memory_bytes: _builtins.int = ...,
         detail: _builtins.str = ...,
         fields: _abc.Iterable[Global___RequestField] | None = ...,
+        speedups: _abc.Iterable[Global___Speedup] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "detail", b"detail", "engine", b"engine", "engines", b"engines", "family", b"family", "fields", b"fields", "id", b"id", "is_default", b"is_default", "memory_bytes", b"memory_bytes", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "source", b"source", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "detail", b"detail", "engine", b"engine", "engines", b"engines", "family", b"family", "fields", b"fields", "id", b"id", "is_default", b"is_default", "memory_bytes", b"memory_bytes", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "source", b"source", "speedups", b"speedups", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Speedup(_message.Message):
+    """A way to skip work, and what it changes, measured on reference images at the export. It is used for requests with the model's own
+    scheduler, without LoRAs.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TIMES_FASTER_FIELD_NUMBER: _builtins.int
+    MIN_PSNR_DB_FIELD_NUMBER: _builtins.int
+    MEAN_PSNR_DB_FIELD_NUMBER: _builtins.int
+    MIN_SSIM_FIELD_NUMBER: _builtins.int
+    MEAN_SSIM_FIELD_NUMBER: _builtins.int
+    MIN_INFERENCE_STEPS_FIELD_NUMBER: _builtins.int
+    MAX_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A readable name."""
+    times_faster: _builtins.float
+    """How many times less work the denoiser has, on average."""
+    min_psnr_db: _builtins.float
+    """The PSNR of the worst image, in decibels; 999 if all are equal."""
+    mean_psnr_db: _builtins.float
+    """The mean PSNR, in decibels."""
+    min_ssim: _builtins.float
+    """The SSIM of the worst image."""
+    mean_ssim: _builtins.float
+    """The mean SSIM."""
+    min_inference_steps: _builtins.int
+    """The fewest num_inference_steps that it is used for."""
+    max_guidance_scale: _builtins.float
+    """The largest guidance_scale that it is used for."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        times_faster: _builtins.float = ...,
+        min_psnr_db: _builtins.float = ...,
+        mean_psnr_db: _builtins.float = ...,
+        min_ssim: _builtins.float = ...,
+        mean_ssim: _builtins.float = ...,
+        min_inference_steps: _builtins.int = ...,
+        max_guidance_scale: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_guidance_scale", b"max_guidance_scale", "mean_psnr_db", b"mean_psnr_db", "mean_ssim", b"mean_ssim", "min_inference_steps", b"min_inference_steps", "min_psnr_db", b"min_psnr_db", "min_ssim", b"min_ssim", "name", b"name", "times_faster", b"times_faster"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Speedup: _TypeAlias = Speedup  # noqa: Y015
 
 @_typing.final
 class RequestField(_message.Message):

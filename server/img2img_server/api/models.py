@@ -6,6 +6,7 @@ from img2img.v1 import image_to_image_pb2 as image_pb
 from img2img.v1 import model_pb2 as pb
 from img2img.v1 import model_pb2_grpc as pb_grpc
 
+from img2img_server.api.fidelity import speedup_messages
 from img2img_server.api.request_fields import fields_of
 from img2img_server.backends.base import Models
 from img2img_server.bundle.lora_files import LoraFiles
@@ -81,6 +82,8 @@ class ModelService(pb_grpc.ModelServiceServicer):
             message.schedulers.extend(model.pipeline.schedulers)
             message.engines.extend(map(_engine_to, model.engines))
             message.fields.extend(fields_of(self._config, model.pipeline).messages())
+            if model.manifest is not None:
+                message.speedups.extend(speedup_messages(model.manifest.speedups))
         return message
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server import images
+from img2img_server.api.fidelity import fidelity_from
 from img2img_server.api.loras import check_loras, find_loras
 from img2img_server.api.masks import mask_rule
 from img2img_server.api.references import References
@@ -112,6 +113,7 @@ class Parser:
         prompt, negative_prompt = fields.text(message, "prompt"), fields.text(message, "negative_prompt")
         strength, steps = fields.number(message, "strength"), int(fields.number(message, "num_inference_steps"))
         guidance, true_cfg = fields.number(message, "guidance_scale"), _true_cfg(message, fields)
+        fidelity = fidelity_from(message)
         seeds = _seeds(message, int(fields.number(message, "image_count")))
         scheduler = _scheduler(message.scheduler, model)
         interval = int(fields.number(message, "preview_interval"))
@@ -166,6 +168,7 @@ class Parser:
             true_cfg_scale=true_cfg,
             references=tuple(reference.image for reference in references),
             reference_digests=tuple(reference.digest for reference in references),
+            fidelity=fidelity,
         )
         # The engine plans the request too. Its slow part is cached here, off the engine's and the event loop's threads.
         plan = await self._threads.run(_pipeline_of(model).plan, request)

@@ -12,6 +12,7 @@ from PIL import Image
 from img2img_server import images
 from img2img_server.api.parsing import ParsedRequest
 from img2img_server.config import ProvenanceSettings
+from img2img_server.engine.request import UsedSpeedup
 from img2img_server.images.provenance import DIGITAL_SOURCE_TYPE
 from img2img_server.support import distribution
 from img2img_server.support.fair_queue import FairThreads
@@ -39,8 +40,9 @@ class Provenance:
         if settings.certificate is not None and settings.key is not None:
             self._sign = _signer(settings.certificate, settings.key)
 
-    def record(self, job: ParsedRequest, engine: str, seed: int) -> str:
-        """The record of the image of `seed`, a JSON object; empty if the settings want none. `engine` made the image."""
+    def record(self, job: ParsedRequest, engine: str, seed: int, speedup: UsedSpeedup | None = None) -> str:
+        """The record of the image of `seed`, a JSON object; empty if the settings want none. `engine` made the image, with a
+        `speedup`."""
         if not self._records:
             return ""
         model, request = job.model, job.request
@@ -71,6 +73,9 @@ class Provenance:
         }
         if request.loras:
             values["loras"] = [{"id": lora.id, "scale": lora.scale, "digest": lora.digest} for lora in request.loras]
+        if not request.fidelity.is_exact:
+            values["fidelity"] = str(request.fidelity)
+            values["speedup"] = None if speedup is None else speedup.name
         if request.mask is not None and job.mask_rule is not None:
             values["mask"] = {
                 **asdict(job.mask_rule),

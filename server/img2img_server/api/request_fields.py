@@ -99,6 +99,7 @@ def _table(config: ServerConfig, size_multiple: int) -> tuple[RequestField, ...]
         RequestField(
             "loras", "this model takes no LoRAs: it needs LoRA graphs, and a server with a folder of LoRAs", max_count=MOST_LORAS
         ),
+        RequestField("fidelity"),
         RequestField("preview_interval", default=0, minimum=0, maximum=config.max_steps),
         RequestField("output.format"),
         RequestField("output.quality", default=DEFAULT_QUALITY, minimum=1, maximum=100),

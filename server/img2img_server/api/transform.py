@@ -13,6 +13,7 @@ from img2img.v1 import image_to_image_pb2_grpc as pb_grpc
 from PIL import Image
 
 from img2img_server.access.access import Access
+from img2img_server.api.fidelity import used_message
 from img2img_server.api.interceptors import to_status
 from img2img_server.api.models import reference_from
 from img2img_server.api.parsing import AS_WRITTEN, ParsedRequest, Parser, Reading
@@ -25,7 +26,7 @@ from img2img_server.backends.base import Models
 from img2img_server.codecs.pool import Codecs
 from img2img_server.engine.admission import Slot
 from img2img_server.engine.interface import Accepted, EngineInterface
-from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Request, Started
+from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Request, Started, UsedSpeedup
 from img2img_server.errors import ServerError
 from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.call import current
@@ -245,7 +246,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
 
     async def _response(self, job: ParsedRequest, completed: Completed, reserved: Reservation | None) -> pb.TransformResponse:
         pairs = zip(completed.images, job.request.seeds, strict=True)
-        encoded = await asyncio.gather(*(self._encode(job, image, seed) for image, seed in pairs))
+        encoded = await asyncio.gather(*(self._encode(job, image, seed, completed.speedup) for image, seed in pairs))
         timings = completed.timings
         assert job.model.manifest is not None, "loaded models have a manifest"
         return pb.TransformResponse(
@@ -273,6 +274,7 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
                 pb.Warning(field=warning.field, description=warning.description, code=warning.code)
                 for warning in completed.warnings
             ],
+            speedup=used_message(completed.speedup),
         )
 
     def _reserve(self, job: ParsedRequest) -> AbstractAsyncContextManager[Reservation | None]:
@@ -289,10 +291,10 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
             return {"data": data}
         return {"asset_id": (await self._assets.put(owner_of(current()), data, reserved)).id}
 
-    async def _encode(self, job: ParsedRequest, image: Image.Image, seed: int) -> bytes:
+    async def _encode(self, job: ParsedRequest, image: Image.Image, seed: int, speedup: UsedSpeedup | None) -> bytes:
         """Encodes a result, with its provenance record. Returns the file's bytes."""
         output = job.file_format, job.quality
-        record = self._provenance.record(job, self._engine_of(job), seed)
+        record = self._provenance.record(job, self._engine_of(job), seed, speedup)
         mask = job.request.mask
         overlay = None if mask is None or not mask.paste else (job.request.image, mask.image)
         return await self._provenance.sign(await self._codecs.encode(image, *output, record, overlay), job.file_format)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from img2img_server.bundle.files import read_json
+from img2img_server.bundle.speedups import NONE, Speedups
 from img2img_server.errors import BundleError
 
 FORMAT_VERSION = 2
@@ -100,7 +101,9 @@ class Component:
 
     `reason` says why the precision differs from the requested one. The graph is `NAME/model.onnx`; `fused` is the path in the
     bundle of a second graph with ONNX Runtime's fused operators for CUDA, or empty. `bytes` is the size of the weights.
-    `kept_in_fp32` are the layers of a graph in static int8 that stayed in fp32 because they were sensitive, the worst first.
+    `lora` and `light` are the paths of its LoRA graph and of a UNet's light graph (speedups.py), `fused_lora` and `fused_light`
+    of those with fused operators. `kept_in_fp32` are the layers of a graph in static int8 that stayed in fp32 because they were
+    sensitive, the worst first.
     """
 
     name: str
@@ -115,6 +118,8 @@ class Component:
     kept_in_fp32: tuple[str, ...] = ()
     lora: str = ""
     fused_lora: str = ""
+    light: str = ""
+    fused_light: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +196,8 @@ class Manifest:
     `features` in `runtime/diffusion/preview.py`) and a bias; () if there is no such map. `backend` is "hybrid" if only the
     denoiser is a graph and the rest runs in PyTorch; `backend_reason` says why it is not "onnx". `precision` is the requested
     one. `size_multiple` is the number of pixels of which width and height must be multiples, if the graphs need more than the
-    pipeline's class. `references` are the reference images; () if the bundle was made without diffusers.
+    pipeline's class. `references` are the reference images; () if the bundle was made without diffusers. `speedups` are what
+    `--speedups` measured.
     """
 
     source: Source
@@ -209,6 +215,7 @@ class Manifest:
     loras: tuple[Lora, ...] = ()
     size_multiple: int | None = None
     references: tuple[Reference, ...] = ()
+    speedups: Speedups = NONE
     format_version: int = FORMAT_VERSION
 
     @property

@@ -15,7 +15,7 @@ class GroupSums:
     like: Job
     jobs: int = 0
     rows: int = 0
-    row_steps: int = 0
+    row_steps: float = 0
     apart: float = 0.0
 
     def add(self, job: Job, sign: int = 1) -> None:
@@ -87,5 +87,5 @@ class Backlog:
         self._seconds += estimate - self._estimates.get(group, 0.0)
         self._estimates[group] = estimate
 
-    def _together(self, like: Job, rows: int, row_steps: int, apart: float) -> float:
+    def _together(self, like: Job, rows: int, row_steps: float, apart: float) -> float:
         return apart + row_steps * self._row_seconds(like, rows)

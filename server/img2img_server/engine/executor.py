@@ -15,7 +15,7 @@ from typing import Any
 
 from img2img_server.engine.costs import STAGES, Costs
 from img2img_server.engine.interface import ModelCall, Span
-from img2img_server.engine.request import Completed, Pipeline, Progress, Request, Started, State, Ticket, Timings
+from img2img_server.engine.request import Completed, Pipeline, Plan, Progress, Request, Started, State, StepCall, Ticket, Timings
 from img2img_server.errors import ModelFailed, OutOfMemory, ServerError
 
 _log = logging.getLogger(__name__)
@@ -73,10 +73,12 @@ class CallsInFlight:
 @dataclass(slots=True, eq=False)
 class _Call:
     """A submitted call. `wait` waits for the device, None if the call is complete. A denoiser's call is `open` until its requests
-    were advanced; `moved` lists them with their steps. Times are of the engine's clock."""
+    were advanced; `moved` lists them with their steps. `kind` has the shape and pixels of its rows. Times are of the engine's
+    clock."""
 
     stage: str
     tickets: Sequence[Ticket]
+    kind: Plan | StepCall
     rows: int
     begun: float
     wait: Callable[[], None] | None
@@ -153,7 +155,7 @@ class Executor:
                 denoise=denoised - ticket.prepared,
                 decode=self._clock() - denoised,
             )
-            completed.append((ticket, Completed(tuple(images), timings, ticket.plan.warnings)))
+            completed.append((ticket, Completed(tuple(images), timings, ticket.plan.warnings, ticket.plan.speedup)))
         return completed
 
     def complete(self) -> None:
@@ -201,7 +203,7 @@ class Executor:
 
     def _call(self, stage: str, tickets: Sequence[Ticket]) -> tuple[Sequence[Any], Exception | None]:
         """One call for all `tickets`. Returns a result for each, or the error."""
-        model, rows, begun = tickets[0].request.model, _rows(stage, tickets), self._clock()
+        model, kind, rows, begun = tickets[0].request.model, _kind(stage, tickets), _rows(stage, tickets), self._clock()
         pipeline, wait = self._pipelines[model], None
         self._in_flight.check()
         with self._in_flight.call(stage, model, len(tickets), rows):
@@ -215,7 +217,7 @@ class Executor:
                 return (), error
             except BaseException as error:  # noqa: BLE001 - such as a panic of a Rust library; it must not end the engine's thread
                 return (), RuntimeError(f"{type(error).__name__}: {error}")
-        call = _Call(stage, tickets, rows, begun, wait, stage == "denoise")
+        call = _Call(stage, tickets, kind, rows, begun, wait, stage == "denoise")
         if wait is None or stage not in ("prepare", "denoise"):  # the other stages are synchronous
             call.wait = None
             self._note(call, begun)
@@ -280,7 +282,7 @@ class Executor:
         seconds, model = self._clock() - begun, call.tickets[0].request.model
         if call.stage in STAGES:
             with self._lock:
-                self._costs.record(call.stage, call.tickets[0].group, call.tickets[0].plan.pixels, call.rows, seconds)
+                self._costs.record(call.stage, (model, call.kind.shape), call.kind.pixels, call.rows, seconds)
         members = tuple(ticket.request for ticket in call.tickets)
         self._observe(Span(call.stage, model, len(call.tickets), call.rows, begun, seconds, members))
 
@@ -289,7 +291,7 @@ class Executor:
         if not tickets or stage not in STAGES:
             return [tickets] if tickets else []
         with self._lock:
-            fitting = self._costs.fitting_rows(stage, tickets[0].request.model, tickets[0].plan.pixels)
+            fitting = self._costs.fitting_rows(stage, tickets[0].request.model, _kind(stage, tickets).pixels)
         if fitting is None:
             return [tickets]
         parts: list[list[Ticket]] = []
@@ -302,18 +304,23 @@ class Executor:
 
     def _forbid(self, stage: str, tickets: Sequence[Ticket]) -> None:
         """Records that such a call did not fit into memory."""
-        model, plan, rows = tickets[0].request.model, tickets[0].plan, _rows(stage, tickets)
-        _log.warning("model '%s' ran out of memory: %s, %d rows of %d pixels", model, stage, rows, plan.pixels)
+        model, pixels, rows = tickets[0].request.model, _kind(stage, tickets).pixels, _rows(stage, tickets)
+        _log.warning("model '%s' ran out of memory: %s, %d rows of %d pixels", model, stage, rows, pixels)
         if stage in STAGES:
             with self._lock:
-                self._costs.forbid(model, plan.pixels, rows, stage, largest=max(1, rows // 2))
+                self._costs.forbid(model, pixels, rows, stage, largest=max(1, rows // 2))
 
 
 def _rows(stage: str, tickets: Sequence[Ticket]) -> int:
     """The rows of a call of `stage`: samples of the denoiser, or images."""
     if stage == "prepare":
         return len(tickets)  # a source image is encoded once for all of its results
-    return sum(ticket.plan.rows if stage == "denoise" else len(ticket.request.seeds) for ticket in tickets)
+    return sum(ticket.next_call.rows if stage == "denoise" else len(ticket.request.seeds) for ticket in tickets)
+
+
+def _kind(stage: str, tickets: Sequence[Ticket]) -> Plan | StepCall:
+    """The shape and the pixels of the rows of a call of `stage`."""
+    return tickets[0].next_call if stage == "denoise" else tickets[0].plan
 
 
 def _requests(tickets: Sequence[Ticket]) -> list[Request]:

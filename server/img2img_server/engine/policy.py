@@ -23,14 +23,16 @@ class Job:
     """The policy's view of a request.
 
     `step_seconds` is the duration of a call with only its rows; `setup` and `ending` are the seconds before its first step and
-    after its last; `passed_over` counts the calls since it last took part in one. `client` is "" if it has no client.
+    after its last; `passed_over` counts the calls since it last took part in one. `client` is "" if it has no client. If its
+    steps differ, `group`, `pixels`, `rows` and `step_seconds` are of the next one, and `steps_left` are as many like it as take
+    as long as those that are left.
     """
 
     number: int
     group: Group
     pixels: int
     rows: int
-    steps_left: int
+    steps_left: float
     deadline: float | None
     step_seconds: float
     setup: float
@@ -205,7 +207,7 @@ class Policy:
         jobs.sort(key=lambda job: job.steps_left)
         widest = max(job.rows for job in jobs)
         cap = max(widest, min(self._cap(jobs[0], max_rows), most * widest))
-        rows, steps, seconds = sum(job.rows for job in jobs), 0, 0.0
+        rows, steps, seconds = sum(job.rows for job in jobs), 0.0, 0.0
         for job in jobs:
             if job.steps_left > steps:
                 shared = min(rows, cap)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from img2img_server.errors import InvalidField, ServerError
+from img2img_server.support.fidelity import EXACT, Fidelity
 from img2img_server.support.model_fields import ModelFields
 from img2img_server.support.source_rule import SourceRule
 
@@ -53,7 +54,7 @@ class Request:
     sends no other events. Requests of one `cache_scope` share cached encodings, so their timings reveal whether another request
     used the same input. `mask` is None if the whole source is transformed; the pipeline's `source_rule` says whether it takes
     one. `references` are more images to edit by, in RGB, and `reference_digests` identify their content. `loras` are added to the
-    model's weights for this request only.
+    model's weights for this request only. `fidelity` says how near the images must be to those of full steps.
 
     Fields that the model does not take have values without effect: `strength` and `guidance_scale` 1, `true_cfg_scale` None.
     """
@@ -81,6 +82,7 @@ class Request:
     references: tuple[Image.Image, ...] = ()
     reference_digests: tuple[bytes, ...] = ()
     loras: tuple[LoraUse, ...] = ()
+    fidelity: Fidelity = EXACT
 
     @property
     def result_size(self) -> tuple[int, int]:
@@ -106,13 +108,33 @@ class RequestWarning:
     code: str
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepCall:
+    """A request's part in the call of one step: `rows` rows of `shape`, each as much work as `pixels` pixels in a full step."""
+
+    shape: Hashable
+    pixels: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class UsedSpeedup:
+    """The speedup that a request runs with: its name, how many times less work the request is, and the worst PSNR (in decibels)
+    and SSIM that were measured with it."""
+
+    name: str
+    times_faster: float
+    psnr_db: float
+    ssim: float
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The device work of a request, known before anything is computed.
 
     Requests of one model with the same `shape` share calls; `rows` is the number of samples it adds to each: one per image, two
     with classifier-free guidance. `step_count` is the number of calls it takes part in. `warnings` are sent to its caller with
-    the result.
+    the result. With a `speedup`, `calls` has its part in the call of each step, as they differ.
     """
 
     shape: Hashable
@@ -120,6 +142,8 @@ class Plan:
     rows: int
     step_count: int
     warnings: tuple[RequestWarning, ...] = ()
+    calls: tuple[StepCall, ...] = ()
+    speedup: UsedSpeedup | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +186,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """The ending of a successful request: one RGB image per seed, and its plan's warnings."""
+    """The ending of a successful request: one RGB image per seed, and its plan's warnings and speedup."""
 
     images: tuple[Image.Image, ...]
     timings: Timings
     warnings: tuple[RequestWarning, ...] = ()
+    speedup: UsedSpeedup | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +256,7 @@ class Pipeline(Protocol):
         ...
 
     def denoise(self, states: Sequence[Any]) -> Sequence[Any]:
-        """Predicts the noise of each state in one call of the model. All have one shape. Does not change the states."""
+        """Predicts the noise of each state in one call of the model. All have one shape. May be repeated."""
         ...
 
     def advance(self, states: Sequence[Any], noises: Sequence[Any]) -> None:
@@ -328,8 +353,19 @@ class Ticket:
 
     @property
     def group(self) -> tuple[str, Hashable]:
-        """Model and shape: what requests must have in common to share a call."""
+        """Model and shape: what requests must have in common to be encoded or decoded together."""
         return self.request.model, self.plan.shape
+
+    @property
+    def step(self) -> int:
+        """The steps done."""
+        return 0 if self.state is None else self.state.step
+
+    @property
+    def next_call(self) -> Plan | StepCall:
+        """Its part in the call of its next step, or of the last one if there is none left."""
+        calls = self.plan.calls
+        return calls[min(self.step, len(calls) - 1)] if calls else self.plan
 
     def cancel(self) -> None:
         """Cancels the request: it leaves the batch at the next step. Idempotent."""

@@ -14,7 +14,7 @@ from img2img_server.engine.costs import Costs
 from img2img_server.engine.forecasts import ActiveSums, Corrections
 from img2img_server.engine.policy import Job, JobSeconds, Policy
 from img2img_server.engine.queue import Queue
-from img2img_server.engine.request import RequestStatus, Ticket
+from img2img_server.engine.request import Plan, RequestStatus, StepCall, Ticket
 from img2img_server.errors import DeadlineExpired, DeadlineUnmeetable, RequestCancelled, ServerError
 from img2img_server.settings.setting import setting
 
@@ -366,23 +366,29 @@ class Scheduler:
         jobs = [self._jobs[number] for number in tickets]
         for ticket, job in zip(tickets.values(), jobs, strict=True):
             state = ticket.state
-            job.steps_left = ticket.plan.step_count if state is None else state.step_count - state.step
+            if ticket.plan.calls:
+                call = ticket.next_call
+                job.group, job.pixels, job.rows = (ticket.request.model, call.shape), call.pixels, call.rows
+            job.steps_left = ticket.steps_left
             job.passed_over = ticket.passed_over
             kind = job.group, job.rows, job.images, state is None
             if (seconds := known.get(kind)) is None:
                 seconds = known[kind] = self._seconds(ticket)
             job.step_seconds, job.setup, job.ending = seconds
+            if ticket.plan.calls:
+                job.steps_left = self._alike_steps(ticket, job.step_seconds)
         return jobs
 
     def _job(self, ticket: Ticket) -> Job:
         """The job of a request that is not active."""
         step, setup, ending = self._seconds(ticket)
+        call = ticket.next_call
         return Job(
             number=ticket.number,
-            group=ticket.group,
-            pixels=ticket.plan.pixels,
-            rows=ticket.plan.rows,
-            steps_left=ticket.steps_left,
+            group=(ticket.request.model, call.shape),
+            pixels=call.pixels,
+            rows=call.rows,
+            steps_left=self._alike_steps(ticket, step) if ticket.plan.calls else ticket.steps_left,
             deadline=ticket.request.deadline,
             step_seconds=step,
             setup=setup,
@@ -394,11 +400,24 @@ class Scheduler:
 
     def _seconds(self, ticket: Ticket) -> JobSeconds:
         """The expected seconds of a step of a request alone, of what comes before its first step and after its last."""
-        plan, group, pixels, seconds = ticket.plan, ticket.group, ticket.plan.pixels, self._costs.seconds
-        step = seconds("denoise", group, pixels, plan.rows)
+        group, pixels, seconds = ticket.group, ticket.plan.pixels, self._costs.seconds
+        step = self._step_seconds(ticket, ticket.next_call)
         setup = seconds("prepare", group, pixels, 1) if ticket.state is None else None
         ending = seconds("finish", group, pixels, len(ticket.request.seeds))
         return 1.0 if step is None else step, setup or 0.0, ending or 0.0
+
+    def _step_seconds(self, ticket: Ticket, call: Plan | StepCall) -> float | None:
+        """The expected seconds of a step of a request alone."""
+        return self._costs.seconds("denoise", (ticket.request.model, call.shape), call.pixels, call.rows)
+
+    def _alike_steps(self, ticket: Ticket, next_seconds: float) -> float:
+        """How many steps like the next one, of `next_seconds`, take as long as those that are left of a request whose steps
+        differ."""
+        left, seconds = Counter(ticket.plan.calls[ticket.step :]), 0.0
+        for call, count in left.items():
+            each = self._step_seconds(ticket, call)
+            seconds += count * (next_seconds if each is None else each)
+        return seconds / next_seconds if next_seconds else float(left.total())
 
 
 def _gone(ticket: Ticket, now: float) -> ServerError | None:

@@ -290,7 +290,7 @@ def _split(
         pipeline = OpaquePipeline(pipe, engine, torch_threads)
     else:
         known = _loras(bundle, pipe, manifest, family, loras)
-        pipeline = family(pipe, engine, torch_threads, cache, manifest.latent_preview, known)
+        pipeline = family(pipe, engine, torch_threads, cache, manifest.latent_preview, known, manifest.speedups)
     bound_torch_vaes(pipe, most_memory(execution, torch.device(pipe.device).type))
     pipeline.owner = bundle
     if manifest.size_multiple is not None:

@@ -92,6 +92,9 @@ def _facts(result: pb.TransformResponse) -> dict[str, Any]:
         "engine": result.engine,
         "timings": {name: round(getattr(result.timings, name), 3) for name in _TIMINGS},
     }
+    if result.HasField("speedup"):
+        used = result.speedup
+        facts["speedup"] = {field.name: getattr(used, field.name) for field in used.DESCRIPTOR.fields}
     if result.warnings:
         facts["warnings"] = [{"field": one.field, "code": one.code, "description": one.description} for one in result.warnings]
     return facts

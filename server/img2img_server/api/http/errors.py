@@ -25,6 +25,7 @@ _MAX_TEXT = 2000
 _FIELDS = {
     "model": "model",
     "loras": "loras",
+    "fidelity": "fidelity",
     "image": "image",
     "mask": "mask",
     "reference_images": "image",
@@ -36,7 +37,7 @@ _FIELDS = {
     "output.quality": "output_compression",
     "output.as_asset": "response_format",
 }
-"""Fields of TransformRequest -> fields of the form. `image`, `mask`, `loras` and `model` include their subfields."""
+"""Fields of TransformRequest -> fields of the form. `image`, `mask`, `loras`, `fidelity` and `model` include their subfields."""
 
 
 class PathNotFound(ServerError):

@@ -7,6 +7,7 @@ from typing import Any
 
 from img2img.v1 import image_to_image_pb2 as pb
 
+from img2img_server.api.fidelity import put_fidelity
 from img2img_server.api.http.forms import Part, shown
 from img2img_server.api.loras import loras_from
 from img2img_server.api.parsing import Reading
@@ -148,6 +149,10 @@ def _switch(draft: Draft, name: str, value: str) -> None:
 
 def _put_loras(draft: Draft, name: str, value: str) -> None:
     draft.message.loras.extend(loras_from(value))
+
+
+def _put_fidelity(draft: Draft, name: str, value: str) -> None:
+    put_fidelity(draft.message, value)
 
 
 def _put_model(draft: Draft, name: str, value: str) -> None:
@@ -317,6 +322,14 @@ FIELDS = (
         _put_loras,
         {"type": "string"},
         "LoRAs of the server for this request: ID or ID:SCALE, several separated by commas. Default: none",
+        True,
+    ),
+    FormField(
+        "fidelity",
+        _put_fidelity,
+        {"type": "string", "default": "exact"},
+        "How near the images must be to the exact ones, for speed: exact, high, fast, a least PSNR such as 32dB, or a least SSIM "
+        "such as 0.95",
         True,
     ),
 )

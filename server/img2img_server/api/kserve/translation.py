@@ -14,6 +14,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from PIL import Image
 from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-untyped]
 
+from img2img_server.api.fidelity import put_fidelity
 from img2img_server.api.kserve import tensors
 from img2img_server.api.kserve.tensors import Input, Output, shown
 from img2img_server.api.loras import loras_from
@@ -184,6 +185,8 @@ async def read(request: Any, threads: FairThreads) -> Task:
         message.output.quality = quality
     _set_fit(message, parameters.text_or_integer("fit"))
     _set_loras(message, parameters.text("loras"))
+    if (fidelity := parameters.text("fidelity")) is not None:
+        put_fidelity(message, fidelity)
     message.preview_interval = parameters.integer("preview_interval", 32) or 0
     progress = parameters.truth("progress") or message.preview_interval > 0
     for name in ("mask_invert", "mask_paste"):
@@ -222,7 +225,7 @@ def renamed(sources: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]
         root, path = error.root, error.field
         if root in ("image", "mask"):
             field = sources.get(root, root)
-        elif root == "loras":
+        elif root in ("loras", "fidelity"):
             field = root
         else:  # elements of the tensor of reference images keep their number
             field = _FIELDS.get(path, path.partition(".")[0] if "[" in path else path)
@@ -242,6 +245,8 @@ def written(task: Task, answer: pb.TransformResponse) -> Any:
     if answer.warnings:
         warnings = [{"field": one.field, "code": one.code, "description": one.description} for one in answer.warnings]
         response.parameters["warnings"].string_param = json.dumps(warnings, ensure_ascii=False)
+    if answer.HasField("speedup"):
+        response.parameters["speedup"].string_param = answer.speedup.name
     response.parameters["engine"].string_param = answer.engine
     response.parameters["model_revision"].string_param = answer.model_revision
     return response

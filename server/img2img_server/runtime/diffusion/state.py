@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from img2img_server.bundle.speedups import Speedup
 from img2img_server.engine.request import Request
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.out_of_memory import KEEPERS
@@ -38,7 +39,9 @@ class DiffusionState:
     negative prompt's first; `guidance` is then the scale. `timesteps` [S] are on the CPU; `times` are the same as numbers.
     `trajectory` is its state in the linear solver; None for a scheduler that is not linear, of which it has its own copy,
     `scheduler`. `begun` is the cached scheduler with these timesteps set, shared and never stepped. `blend` keeps the source
-    outside the request's mask; None without one, or if the UNet does so by itself.
+    outside the request's mask; None without one, or if the UNet does so by itself. With a `speedup`, `light` says which steps are
+    light; these use the `difference` [n, C, h, w] that the prompt made in the last full step, and its deep `features`, with a row
+    for each row of that step.
     """
 
     request: Request
@@ -59,6 +62,10 @@ class DiffusionState:
     """Its LoRAs."""
     predicted: Predicted | None = None
     """Of the last step, if a preview is due."""
+    speedup: Speedup | None = None
+    light: tuple[bool, ...] = ()
+    difference: torch.Tensor | None = None
+    features: torch.Tensor | None = None
     number: int = field(default_factory=itertools.count().__next__)
     """Unique among all states."""
 
@@ -68,9 +75,32 @@ class DiffusionState:
         return len(self.generators)
 
     @property
+    def is_light(self) -> bool:
+        """Whether the next step is light."""
+        return self.step < len(self.light) and self.light[self.step]
+
+    @property
+    def has_two(self) -> bool:
+        """Whether the next step has two rows for an image."""
+        return self.guided and not (self.is_light and self.speedup is not None and self.speedup.keeps_guidance)
+
+    @property
     def rows(self) -> int:
-        """Its number of rows in the UNet's call."""
-        return len(self.generators) * (2 if self.guided else 1)
+        """Its number of rows in the UNet's next call."""
+        return len(self.generators) * (2 if self.has_two else 1)
+
+    @property
+    def next_conditioning(self) -> Conditioning:
+        """The conditioning of the rows of the next call."""
+        if not self.guided or self.has_two:
+            return self.conditioning
+        return {name: tensor[self.images :] for name, tensor in self.conditioning.items()}
+
+    @property
+    def next_features(self) -> torch.Tensor:
+        """The deep features of the rows of the next, light call."""
+        assert self.features is not None, "the first step is full"
+        return self.features[-self.rows :]
 
     @property
     def step_count(self) -> int:
@@ -121,23 +151,23 @@ class JoinedConditioning:
 
     def __init__(self, most: int = 4) -> None:
         self._most = most
-        self._kept: dict[tuple[int, ...], Conditioning] = {}
+        self._kept: dict[tuple[tuple[int, bool], ...], Conditioning] = {}
         KEEPERS.add(self)
 
     def get(self, states: Sequence[DiffusionState]) -> Conditioning:
         """The rows of all states, concatenated in order, by name. The tensors must not be changed."""
-        key = tuple(state.number for state in states)
+        key = tuple((state.number, state.has_two) for state in states)
         known = self._kept.get(key)
         if known is None:
             if len(self._kept) >= self._most:
                 self._kept.pop(next(iter(self._kept), ()), None)
-            known = self._kept[key] = _join([state.conditioning for state in states])
+            known = self._kept[key] = _join([state.next_conditioning for state in states])
         return dict(known)
 
     def forget(self, state: DiffusionState) -> None:
         """Frees the batches that include `state`."""
         for key in list(self._kept):
-            if state.number in key:
+            if any(number == state.number for number, _ in key):
                 self._kept.pop(key, None)
 
     def give_back(self) -> None:
@@ -175,9 +205,22 @@ Noise = tuple[torch.Tensor, ...]
 
 
 def split_noise(states: Sequence[DiffusionState], rows: torch.Tensor) -> Sequence[Noise]:
-    """Divides the rows of the UNet's output by state."""
-    pieces = iter(torch.split(rows, [state.images for state in states for _ in range(2 if state.guided else 1)]))
-    return [(next(pieces), next(pieces)) if state.guided else (next(pieces),) for state in states]
+    """Divides the rows of the UNet's output by state. A guided state with one row for an image has the difference that the prompt
+    made in its last full step, which is kept there."""
+    pieces = iter(torch.split(rows, [state.images for state in states for _ in range(2 if state.has_two else 1)]))
+    noises: list[Noise] = []
+    for state in states:
+        first = next(pieces)
+        if state.has_two:
+            noises.append((first, next(pieces)))
+            if state.speedup is not None and state.speedup.keeps_guidance:
+                state.difference = noises[-1][1] - first
+        elif state.guided:
+            assert state.difference is not None, "the first step is full"
+            noises.append((first - state.difference, first))
+        else:
+            noises.append((first,))
+    return noises
 
 
 def guide(states: Sequence[DiffusionState], noises: Sequence[Noise], guidance: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from img2img_server.bundle.speedups import NONE, Speedups
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Plan, Request
 from img2img_server.runtime.common.device_copy import PinnedCopies, fetch_later, mark
@@ -27,6 +28,7 @@ from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.diffusion import preview
 from img2img_server.runtime.diffusion.conditioning import Embedding, Encoder
 from img2img_server.runtime.diffusion.masking import Blend, kept_latents, replace_kept
+from img2img_server.runtime.diffusion.speedups import SpeedupChooser
 from img2img_server.runtime.diffusion.state import (
     Conditioning,
     DiffusionState,
@@ -80,6 +82,7 @@ class SteppedPipeline(ABC):
         cache: Cache,
         preview_weights: PreviewWeights = (),
         loras: ModelLoras | NoLoras | None = None,
+        speedups: Speedups | None = None,
     ) -> None:
         self._pipe = pipe
         self.engine = engine
@@ -101,6 +104,9 @@ class SteppedPipeline(ABC):
         if isinstance(self._loras, ModelLoras):
             self.fields = {**self.fields, "loras": FieldRule()}
         self._preview_weights = preview_weights
+        self.speedups = SpeedupChooser(
+            speedups or NONE, type(pipe.scheduler).__name__, bool(getattr(self._denoiser, "has_light", False))
+        )
         self._truncation = Truncation(pipe)
 
     @host_call
@@ -108,10 +114,19 @@ class SteppedPipeline(ABC):
         """The request's shape, rows and steps. Raises InvalidField if no step would run. Slow for a new scheduler or new
         steps."""
         self._loras.check(request)
-        rows = len(request.seeds) * (2 if self._is_guided(request) else 1)
-        warnings = self._truncation.warnings(self._read_texts(request))
+        images, is_guided = len(request.seeds), self._is_guided(request)
         shape, pixels = self._shape(request)
-        return Plan(shape, pixels, rows, len(self._scheduler_cache.get(request).timesteps), warnings)
+        count = len(self._scheduler_cache.get(request).timesteps)
+        chosen = self.speedups.choose(request, count, is_guided)
+        return Plan(
+            shape,
+            pixels,
+            images * (2 if is_guided else 1),
+            count,
+            (*self._truncation.warnings(self._read_texts(request)), *chosen.warnings),
+            self.speedups.calls(chosen, shape, pixels, images, is_guided),
+            chosen.used,
+        )
 
     @torch_call
     def prepare(self, requests: Sequence[Request]) -> Sequence[DiffusionState]:
@@ -129,7 +144,7 @@ class SteppedPipeline(ABC):
     @torch_call
     def denoise(self, states: Sequence[DiffusionState]) -> Sequence[Noise]:
         """Calls the denoiser once for all `states`, which may differ in step, scheduler and guidance."""
-        samples = [sample for state in states for sample in [state.unscaled()] * (2 if state.guided else 1)]
+        samples = [sample for state in states for sample in [state.unscaled()] * (2 if state.has_two else 1)]
         joined_samples = torch.cat(samples)
         self._numbers = numbers = StepNumbers.of(states, joined_samples.device)
         if numbers.is_scaled:
@@ -137,13 +152,30 @@ class SteppedPipeline(ABC):
             joined_samples = torch.mul(joined_samples, numbers.scales[:, None, None, None], out=wanted)
         inputs = self._inputs(joined_samples, numbers.timesteps, self._joined.get(states))
         with adapting([self._denoiser], [state.choice for state in states for _ in range(state.rows)]):
-            (predicted,) = self._predict(**inputs)
+            if keepers := [state for state in states if state.speedup is not None and state.speedup.keeps_features]:
+                predicted = self._keep_features(states, keepers, inputs)
+            else:
+                (predicted,) = self._predict(**inputs)
         return split_noise(states, self._noise(predicted, joined_samples))
 
     @property
     def slot_bytes(self) -> int:
         """The memory of the slots for LoRAs, which are made when a call first needs their ranks. Any thread may read it."""
         return slot_bytes(self._pipe)
+
+    def _keep_features(
+        self, states: Sequence[DiffusionState], keepers: Sequence[DiffusionState], inputs: dict[str, Any]
+    ) -> torch.Tensor:
+        """The denoiser's output for all rows, of which those of `keepers` keep the deep features of full steps for light ones."""
+        if keepers[0].is_light:  # and so are all: light steps are of another shape
+            light: torch.Tensor = self._denoiser.predict_light(torch.cat([state.next_features for state in states]), **inputs)
+            return light
+        whole: tuple[torch.Tensor, torch.Tensor] = self._denoiser.predict_with_features(**inputs)
+        predicted, features = whole
+        for state, own in zip(states, torch.split(features, [state.rows for state in states]), strict=True):
+            if state in keepers:
+                state.features = own.clone()  # without the batch's other rows
+        return predicted
 
     def mark(self) -> Callable[[], None] | None:
         """On CUDA, a function that waits for the device: `prepare`, `denoise` and `advance` only submit their work there."""
@@ -246,6 +278,7 @@ class SteppedPipeline(ABC):
         conditioning |= self._mask_conditioning(request, image, latents, generators)
         # Converted once here instead of in each step.
         conditioning = {name: tensor.to(self._types.get(name, tensor.dtype)) for name, tensor in conditioning.items()}
+        chosen = self.speedups.choose(request, len(cached_scheduler.times), self._is_guided(request))
         state = DiffusionState(
             request,
             cached_scheduler.timesteps,
@@ -258,6 +291,8 @@ class SteppedPipeline(ABC):
             guidance=self._guidance(request),
             begun=cached_scheduler.scheduler,
             blend=blend,
+            speedup=chosen.speedup,
+            light=chosen.light,
         )
         if cached_scheduler.schedule is not None:
             state.trajectory = Trajectory(cached_scheduler.schedule, generators)

@@ -20,7 +20,7 @@ from img2img_server.runtime.common.processors import loadable
 from img2img_server.runtime.common.weight_budget import within
 from img2img_server.runtime.lora.graph import AdaptedGraph
 from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae, read_config
-from img2img_server.runtime.onnx.runners import LORA_RUNNER, Make
+from img2img_server.runtime.onnx.runners import LIGHT_RUNNER, LORA_RUNNER, Make
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Components:
         if self._has_graph(name):
             if library == "transformers":
                 return OnnxTextEncoder(self._graph(name), folder, self.device, read_config(folder) if light else None)
-            return OnnxDenoiser(self._graph(name), folder, self.device)
+            return OnnxDenoiser(self._graph(name), folder, self.device, self._light_graph(name))
         return _load(component_class(library, class_name), folder)
 
     def _has_graph(self, name: str) -> bool:
@@ -122,6 +122,20 @@ class Components:
             if component is not None and component.precision == "bf16" and self.provider in ("cpu", "openvino"):
                 raise BundleError(f"{self.bundle / name} is bf16, and bf16 graphs need a GPU: {error}") from error
             raise
+
+    def _light_graph(self, name: str) -> Graph | None:
+        """Opens the light graph of a denoiser: the fused one on CUDA, if there is one. None if there is none that opens."""
+        component = next((item for item in self.manifest.components if item.name == name), None)
+        if component is None:
+            return None
+        fused = component.fused_light if component.fused and self.provider == "cuda" else ""
+        for path in (fused, component.light):
+            if path and (self.bundle / path).is_file():
+                try:
+                    return Graph(self.make(name + LIGHT_RUNNER, self.bundle / path), self.tensors)
+                except BundleError as error:
+                    _log.warning("%s; it does not serve for speedups", error)
+        return None
 
     def _adapted(self, component: Component | None, path: str, lora: str) -> Graph:
         """Opens the graph `path` of the bundle, with its LoRA graph if LoRAs are enabled and there is one that opens."""

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 
+from img2img_server.bundle.speedups import FEATURES
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.diffusers_import import FrozenDict, diffusers
@@ -135,12 +136,14 @@ class OnnxDenoiser(OnnxModule):
     """A UNet or transformer of any diffusers class. It is called like that class's `forward`, whose parameters have the names of
     the graph's inputs; the values of a dictionary are passed by their keys. A graph of tokens (token_graphs.py) has other inputs.
 
-    `tokens` makes the inputs of such a graph; None for any other.
+    `tokens` makes the inputs of such a graph; None for any other. `light` is a UNet's light graph, None for none.
     """
 
-    def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
+    def __init__(self, graph: Graph, folder: Path, device: str = "cpu", light: Graph | None = None) -> None:
         super().__init__(read_config(folder), device)
         self._graph = graph
+        self._light = light
+        self.has_light = light is not None
         name = str(self.config.get("_class_name"))
         if name not in dir(diffusers):
             raise BundleError(f"{folder} needs '{name}', which diffusers {diffusers.__version__} lacks")
@@ -169,14 +172,28 @@ class OnnxDenoiser(OnnxModule):
         if self.tokens is not None:
             made = self.tokens.output(bound, *self.predict(**self.tokens.inputs(bound)))
             return _denoised(made) if bound.get("return_dict", True) else (made,)
+        sample = next(iter(self._graph(**self._tensors(bound)).values()))
+        return _denoised(sample) if bound.get("return_dict", True) else (sample,)
+
+    def predict_with_features(self, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prediction for arguments of `forward`, and the deep features, for `predict_light`."""
+        outputs = self._graph(**self._tensors(named))
+        return next(iter(outputs.values())), outputs[FEATURES]
+
+    def predict_light(self, features: torch.Tensor, **named: Any) -> torch.Tensor:
+        """The prediction for arguments of `forward`, by the light graph on deep `features` [R, C, h, w]."""
+        assert self._light is not None, "there is a light graph"
+        return next(iter(self._light(**self._tensors(named), **{FEATURES: features}).values()))
+
+    def _tensors(self, bound: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The graph's inputs for arguments of `forward`."""
         tensors = _flatten(bound)
         batch = next(iter(tensors.values())).shape[0]
         timestep = torch.as_tensor(bound["timestep"])
         # Graphs exported by other tools may have one timestep for the whole batch.
         alone = "timestep" in self._graph.scalars
         tensors["timestep"] = timestep.flatten()[0] if alone else timestep.expand(batch) if timestep.ndim == 0 else timestep
-        sample = next(iter(self._graph(**tensors).values()))
-        return _denoised(sample) if bound.get("return_dict", True) else (sample,)
+        return tensors
 
     @functools.cached_property
     def _signature(self) -> inspect.Signature:

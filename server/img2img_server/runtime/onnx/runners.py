@@ -46,12 +46,14 @@ Make = Callable[[str, Path], Runner]
 
 
 LORA_RUNNER = ".lora"
-"""Suffix of the names of runners of LoRA graphs, after the component's name."""
+LIGHT_RUNNER = ".light"
+"""Suffixes of the names of runners of LoRA graphs and light graphs, after the component's name."""
 
 
 def bundle_of(name: str, graph: Path) -> Path:
-    """The bundle's folder, of which `graph` is a file in the folder of the component `name`, or of its LoRA graph's runner."""
-    component = name.removesuffix(LORA_RUNNER)
+    """The bundle's folder, of which `graph` is a file in the folder of the component `name`, or of one of its further graphs'
+    runners."""
+    component = name.removesuffix(LORA_RUNNER).removesuffix(LIGHT_RUNNER)
     return next((folder.parent for folder in graph.parents if folder.name == component), graph.parent)
 
 

@@ -23,6 +23,7 @@ from img2img_server.runtime.common.sources import check_sources, source_rule, st
 from img2img_server.runtime.common.torch_calls import torch_call
 from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.diffusion.masking import default_mask
+from img2img_server.runtime.diffusion.speedups import no_speedup
 from img2img_server.runtime.onnx.modules import close_graphs
 from img2img_server.runtime.opaque.batch import OpaqueState, SharedCall
 from img2img_server.runtime.opaque.batching_rules import rule_of, slot
@@ -86,7 +87,8 @@ class OpaquePipeline:
         shape = (height, width) if settings is None else (height, width, slot(settings))
         if request.references:  # which make a call longer
             shape = (*shape, len(request.references))
-        return Plan(shape, width * height, rows, self._steps(request) * chunks, self._truncation.warnings(self._texts(request)))
+        warnings = (*self._truncation.warnings(self._texts(request)), *no_speedup(request, "this model runs as a whole"))
+        return Plan(shape, width * height, rows, self._steps(request) * chunks, warnings)
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[OpaqueState]:
         """Makes the calls, one for all requests with equal settings, without running them."""

@@ -1,0 +1,99 @@
+"""Chooses a request's speedup: the fastest of its bundle that keeps its bound, if it was measured for such requests."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from img2img_server.bundle.speedups import Speedup, Speedups
+from img2img_server.engine.request import Request, RequestWarning, StepCall, UsedSpeedup
+
+EXACT_CODE = "FIDELITY_EXACT"
+"""The code of the warning that a request with a bound runs all its steps in full."""
+_LIGHT = "light"
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a request skips. `light` says for each of its steps whether it is light; empty without a `speedup`. `reason` is why a
+    request that allows one has none."""
+
+    speedup: Speedup | None = None
+    light: tuple[bool, ...] = ()
+    times_faster: float = 1.0
+    reason: str = ""
+
+    @property
+    def used(self) -> UsedSpeedup | None:
+        """As the plan reports it."""
+        one = self.speedup
+        return None if one is None else UsedSpeedup(one.name, self.times_faster, one.psnr_db, one.ssim)
+
+    @property
+    def warnings(self) -> tuple[RequestWarning, ...]:
+        """Tells the caller that the images are exact although they need not be."""
+        if not self.reason:
+            return ()
+        return (RequestWarning("fidelity", f"all steps were computed in full: {self.reason}", EXACT_CODE),)
+
+
+@dataclass(slots=True)
+class SpeedupChooser:
+    """The speedups of a pipeline. `scheduler` is the class of its own scheduler; `has_features` whether its denoiser can keep
+    deep features."""
+
+    speedups: Speedups
+    scheduler: str
+    has_features: bool
+
+    def choose(self, request: Request, count: int, is_guided: bool) -> Chosen:
+        """The speedup of a request of `count` steps; `is_guided` if its steps have two rows for an image."""
+        if request.fidelity.is_exact:
+            return Chosen()
+        if reason := self._obstacle(request):
+            return Chosen(reason=reason)
+        able = [one for one in self.speedups.table if self.has_features or not one.keeps_features]
+        kept = [self._of(one, count, is_guided) for one in able if one.keeps(request.fidelity.psnr_db, request.fidelity.ssim)]
+        if not kept:
+            return Chosen(reason=f"no speedup of this model keeps a fidelity of {request.fidelity}")
+        best = max(kept, key=lambda one: one.times_faster)
+        if best.times_faster <= 1:
+            return Chosen(reason="its speedups skip nothing in so few steps, or without guidance")
+        return best
+
+    def calls(self, chosen: Chosen, shape: Hashable, pixels: int, images: int, is_guided: bool) -> tuple[StepCall, ...]:
+        """The request's part in the call of each step, of which a full one has `shape` and `pixels`."""
+        one = chosen.speedup
+        if one is None:
+            return ()
+        full = StepCall(shape, pixels, images * (2 if is_guided else 1))
+        light = StepCall(
+            (_LIGHT, shape) if one.keeps_features else shape,
+            max(1, round(pixels * self.speedups.light_cost)) if one.keeps_features else pixels,
+            images * (2 if is_guided and not one.keeps_guidance else 1),
+        )
+        return tuple(light if is_light else full for is_light in chosen.light)
+
+    def _obstacle(self, request: Request) -> str:
+        """Why the bundle's measurements do not hold for a request, "" if they do."""
+        known = self.speedups
+        if not known.table:
+            return "this model has no measured speedups"
+        if request.loras:
+            return "its speedups were measured without LoRAs"
+        if request.scheduler not in (None, self.scheduler):
+            return f"its speedups were measured with {self.scheduler}"
+        if request.num_inference_steps < known.least_steps:
+            return f"its speedups were measured with {known.least_steps} or more inference steps"
+        if request.guidance_scale > known.most_guidance:
+            return f"its speedups were measured with a guidance scale of up to {known.most_guidance:g}"
+        return ""
+
+    def _of(self, speedup: Speedup, count: int, is_guided: bool) -> Chosen:
+        light = speedup.light_steps(count)
+        rows = 0.5 if speedup.keeps_guidance and is_guided else 1.0
+        cost = rows * (self.speedups.light_cost if speedup.keeps_features else 1.0)
+        return Chosen(speedup, light, count / (count - light.count(True) * (1 - cost)))
+
+
+def no_speedup(request: Request, reason: str) -> Sequence[RequestWarning]:
+    """The warnings of a pipeline without speedups about a request."""
+    return () if request.fidelity.is_exact else Chosen(reason=reason).warnings

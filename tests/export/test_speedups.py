@@ -1,0 +1,72 @@
+"""`--speedups`: the light graph that a UNet's graph gets, and which settings the manifest keeps."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from img2img_export.verify import speedups as measuring
+from img2img_server.bundle.manifest import read_manifest
+from img2img_server.bundle.speedups import FEATURES, LIGHT_NAME, Speedup
+
+Get = Callable[[str], Path]
+
+
+def test_the_light_graph_shares_the_weights_and_has_only_the_outer_layers(bundle: Get) -> None:
+    directory = bundle("sd1:fp32:speedups")
+    manifest = read_manifest(directory)
+    (unet,) = (part for part in manifest.components if part.name == "unet")
+    assert [item.name for item in unet.outputs] == ["out_sample", FEATURES]
+    assert unet.light == f"unet/{LIGHT_NAME}"
+    assert unet.light in manifest.files
+    whole, light = (onnx.load(directory / "unet" / name, load_external_data=False) for name in ("model.onnx", LIGHT_NAME))
+    assert {item.name for item in light.graph.input} >= {"sample", "timestep", FEATURES}
+    assert [item.name for item in light.graph.output] == ["out_sample"]
+    counts = [sum(node.op_type == "Conv" for node in model.graph.node) for model in (whole, light)]
+    # The first and the last one, three of the last residual block, and two of its attention.
+    assert counts[1] == 7 < counts[0]
+    places = {entry.value for item in light.graph.initializer for entry in item.external_data if entry.key == "location"}
+    assert places == {"model.onnx_data"}
+    checked = [part for part in manifest.verification.components if part.graph == "light"]
+    assert len(checked) == 4
+    assert all(part.passed and part.relative_error < 1e-4 for part in checked)
+
+
+def test_a_bundle_without_the_option_has_neither(bundle: Get) -> None:
+    manifest = read_manifest(bundle("sd1"))
+    (unet,) = (part for part in manifest.components if part.name == "unet")
+    assert (unet.light, len(unet.outputs), manifest.speedups.table) == ("", 1, ())
+
+
+def test_the_manifest_says_what_was_measured(bundle: Get) -> None:
+    known = read_manifest(bundle("sd1:fp32:speedups")).speedups
+    assert (known.images, known.least_steps, known.most_guidance) == (3, 8, 7.5)
+    assert 0 < known.light_cost < 0.5
+    assert known.table
+    for one in known.table:
+        assert one.times_faster > 1
+        assert 0 < one.psnr_db <= one.mean_psnr_db
+        assert 0 < one.ssim <= one.mean_ssim <= 1
+
+
+def made(times: float, psnr: float) -> Speedup:
+    return dataclasses.replace(Speedup(f"{times}", 0.4, 2, True, True), times_faster=times, psnr_db=psnr)
+
+
+def test_settings_that_another_one_beats_are_dropped() -> None:
+    found = [made(1.2, 40), made(1.5, 35), made(1.4, 34), made(2.0, 30), made(1.5, 36), made(1.01, 60)]
+    kept = [(one.times_faster, one.psnr_db) for one in measuring._best(found)]
+    assert kept == [(2.0, 30), (1.5, 36), (1.2, 40)]
+
+
+def test_of_many_settings_those_are_kept_that_differ_most() -> None:
+    found = [made(2 - index / 20, 30 + index + (0.9 if index == 3 else 0)) for index in range(12)]
+    kept = measuring._best(found)
+    assert len(kept) == 8
+    assert (kept[0], kept[-1]) == (found[0], found[-1])
+
+
+@pytest.mark.parametrize(("value", "digits", "expected"), [(33.456, 2, 33.45), (0.99999, 4, 0.9999), (999.0, 2, 999.0)])
+def test_bounds_are_rounded_down(value: float, digits: int, expected: float) -> None:
+    assert measuring._rounded_down(value, digits) == expected
