@@ -1,4 +1,4 @@
-"""A pipeline of diffusers' shape without a model: it counts, fails when told to, and draws by its generators."""
+"""A pipeline with diffusers' interface but no model: it counts, fails on request, and draws noise from its generators."""
 
 from collections import Counter
 from collections.abc import Callable

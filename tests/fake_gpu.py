@@ -1,4 +1,4 @@
-"""The fake GPU of tests/cuda in this process: its counters, and how its memory and its calls are made to fail."""
+"""The fake GPU of tests/cuda in this process: its counters, and injection of memory limits and failing calls."""
 
 import ctypes
 from collections import Counter

@@ -1,6 +1,6 @@
-"""What `kubectl kustomize` makes of deploy/kubernetes, as far as that is used there: no kubectl is needed to look at it.
+"""The documents that `kubectl kustomize` would make of deploy/kubernetes, without kubectl.
 
-A key of a kustomization that is not known here is an error, so nothing is left out in silence.
+Unknown keys of a kustomization are errors, so nothing is ignored silently.
 """
 
 from pathlib import Path

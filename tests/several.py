@@ -1,4 +1,4 @@
-"""Several fake servers, and how often each of them was called."""
+"""Several fake servers, and the number of calls that each received."""
 
 import time
 from collections.abc import Iterator, Sequence

@@ -1,9 +1,8 @@
-"""Every command and every program in README.md runs as it stands there, in order, in a folder of its own.
+"""Every command and program in README.md runs unchanged and in order, in its own folder.
 
-What is changed: the ports, which others may use; the seconds that models are measured for at start; and the two scripts that set
-everything up. `./scripts/demo` has a test of its own (tests/client/test_demo.py), and `./scripts/test` is what runs this.
-
-The demo model's bundle is the one that the session's tests share, which its export finds up to date; the nightly run exports it.
+Only these are changed: the ports, the seconds of measuring at start, and the two setup scripts. `./scripts/demo` has its own test
+(tests/client/test_demo.py), and `./scripts/test` is what runs this one. The demo model's bundle is the shared one of the session,
+which its export finds up to date; the nightly run exports it.
 """
 
 import os

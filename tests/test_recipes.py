@@ -1,7 +1,6 @@
-"""Every program in docs/recipes.md does what it says, as it stands there, against the demo model's server.
+"""Every program in docs/recipes.md runs unchanged, except for ports, against the demo model's server.
 
-What is changed: the ports, which others may use. The recipes that need another server than that one (three, or one with TLS) get
-real ones with a model that is a fake.
+Recipes that need other servers (three, or one with TLS) get real ones with a fake model.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""Tiny models that edit: the source is a condition beside the noise, at a size of its own, and there is no strength."""
+"""Tiny editing models: the source is an extra condition with its own size, and there is no strength."""
 
 from pathlib import Path
 from typing import Any

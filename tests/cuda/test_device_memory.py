@@ -1,4 +1,5 @@
-"""Device memory with several models: what is given back when it runs out, and loading and unloading beside recorded calls."""
+"""Device memory with several models: memory that is freed on an out of memory, and loading and unloading beside recorded
+calls."""
 
 import asyncio
 import gc

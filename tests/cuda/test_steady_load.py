@@ -1,4 +1,4 @@
-"""What a step of a steady, mixed load asks of the device, and that memory stays flat, counted on fake CUDA libraries."""
+"""Device calls of a step under a steady, mixed load, and constant memory, counted on fake CUDA libraries."""
 
 import gc
 import itertools

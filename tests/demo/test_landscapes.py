@@ -1,4 +1,4 @@
-"""The generator: one layout is one geometry, whatever the caption; captions are true and in the known language."""
+"""The generator: the geometry depends only on the layout, and captions are true and use only known words."""
 
 import numpy as np
 import pytest

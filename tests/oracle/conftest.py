@@ -1,4 +1,4 @@
-"""What prepare.py has made, under the names that other tests know them by."""
+"""Fixtures over the files that prepare.py has made, with the names used in the other tests."""
 
 from collections.abc import Callable
 from pathlib import Path

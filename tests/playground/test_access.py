@@ -1,4 +1,4 @@
-"""Who gets an answer of the playground: this machine's names, and keys that are known; without a browser."""
+"""Access to the playground: only this machine's host names and known keys, tested without a browser."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,5 @@
-"""Architectures beside Stable Diffusion 1, 2 and XL, stepped and opaque, as the exporter makes them of tiny models: the images
-are those of diffusers, to 1/255."""
+"""Architectures other than Stable Diffusion 1, 2 and XL, stepped and opaque, exported from tiny models: images match diffusers
+within 1/255."""
 
 import inspect
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""CUDA without a GPU: the options of its sessions, how graphs are readied, and that what is on the device stays there.
+"""CUDA without a GPU: session options, opening of graphs, and that tensors stay on the device.
 
-The device is torch's "meta": its tensors have no values, so whatever reads one, or mixes it with the host's, is an error.
+The device is torch's "meta": its tensors have no values, so any access from the host is an error.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

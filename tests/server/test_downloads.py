@@ -331,7 +331,7 @@ UNKNOWN = [
 
 @pytest.mark.parametrize("name", UNKNOWN)
 async def test_model_name_cannot_be_a_path(name: str, folder: Path, tmp_path: Path) -> None:
-    """Nothing outside of the store is found, however it is named, not even by a link that someone laid into it."""
+    """Nothing outside the store is found under any name, not even through a symlink in the store."""
     make_bundle(tmp_path / "x")
     make_bundle(folder / ".hidden")
     (folder / "link").symlink_to(tmp_path / "x")

@@ -206,7 +206,7 @@ def test_failing_release_does_not_fail_the_request() -> None:
 
 @pytest.mark.parametrize("where", ["complete", "prepare", "advance", "finish"])
 def test_internal_error_fails_all_requests_but_the_engine_continues(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those that were leaving when it happened, and what they held is released."""
+    """Requests that were just ending fail too, and all states are released."""
     engine, pipeline, _ = make_engine(QueueLimits(max_active=3))
     callers = [Caller(engine).submit(num_inference_steps=2) for _ in range(4)]
     engine.step()

@@ -68,7 +68,7 @@ def test_every_message_gets_a_documented_status(method: MethodDescriptor, server
 
 @pytest.mark.parametrize(("method", "data"), [(method, data) for method in METHODS for data in (b"\xff" * 3, b"\x0a\xff\x7f")])
 def test_unparsable_message_is_an_invalid_argument(method: MethodDescriptor, data: bytes, channel: grpc.Channel) -> None:
-    """Not as UNKNOWN, which is gRPC's own answer, with a trace in the log for each."""
+    """gRPC's own status would be UNKNOWN, with a traceback in the log for each."""
     code, error = send(channel, method, [data])
     assert (code, error.details()[:28]) == (grpc.StatusCode.INVALID_ARGUMENT, "the message cannot be parsed")
 

@@ -205,7 +205,7 @@ def test_a_malformed_request_is_refused_in_openais_form(server: RunningServer, n
 
 
 def test_pipelined_requests_close_the_connection(server: RunningServer) -> None:
-    """So does one request that is sent a thousand times in one packet: only the first is parsed."""
+    """Of one request sent a thousand times in one packet only the first is parsed."""
     one = head(verb="GET", path="/v1/models")
     with connection(server) as made:
         made.sendall(one * 1000)

@@ -1,4 +1,4 @@
-"""Masks in requests: how they are read, what a model gets, what is refused, and how results are pasted into their source."""
+"""Masks in requests: decoding, the mask that a model gets, refusals, and pasting of results into their source."""
 
 import io
 import json

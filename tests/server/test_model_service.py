@@ -1,4 +1,4 @@
-"""ModelService over a real channel: models are listed, loaded, unloaded and downloaded, and health tells of each."""
+"""ModelService over a real channel: models are listed, loaded, unloaded and downloaded, and health follows."""
 
 import json
 import threading

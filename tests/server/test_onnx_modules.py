@@ -1,4 +1,4 @@
-"""Stand-ins: graphs in the places of torch modules. What they show to diffusers, and how they are opened."""
+"""ONNX modules in place of torch modules: their interface for diffusers, and how graphs are opened."""
 
 import json
 import logging

@@ -147,7 +147,7 @@ def test_position_is_exact_for_one_client_and_for_first_requests(clients: Sequen
 
 @pytest.mark.parametrize("active", [0, 2, 10])
 def test_position_among_many_clients_is_approximate(active: int) -> None:
-    """Admission as it goes on: the first of the order is admitted, and then counts as active."""
+    """Admission over time: the first request of the order is admitted, and then counts as active."""
     it, source = Sorted(), random.Random(3)
     for number in range(400):
         it.add(make_job(number, source.randrange(1, 20), f"client {source.randrange(10)}"), 0.0)

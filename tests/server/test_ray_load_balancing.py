@@ -40,7 +40,7 @@ def test_load_balancing_works_without_replicas() -> None:
 
 
 def test_work_sent_since_the_last_report_counts_until_the_next_one() -> None:
-    """Else all requests of a second would go to the one that had the least at its beginning."""
+    """Otherwise all requests of a second would go to the replica that was least busy at its beginning."""
     standing = _standing(4.0, 2)  # two seconds each
     standing.sent += 3
     assert standing.queued_seconds == 10.0

@@ -164,7 +164,7 @@ async def test_memory_setting_applies_on_a_gpu(folder: Path) -> None:
 
 
 async def test_load_that_runs_out_of_memory_evicts_models_and_retries(folder: Path) -> None:
-    """It takes more than was estimated: those that are idle leave, the least recently used first, until it has room."""
+    """The model takes more than estimated: idle models are evicted, the least recently used first, until it fits."""
     async with rig(folder) as it:
         it.memory.gpu, it.memory.sizes["c"] = 650 * MB, 400 * MB
         for name in ("b", "a", "c"):
@@ -201,7 +201,7 @@ async def test_models_larger_than_the_gpu_evict_nothing(folder: Path) -> None:
 
 
 async def test_models_are_closed_on_the_thread_that_runs_them(folder: Path) -> None:
-    """Between two rounds of it, so no session ends in the middle of a call or of a recording, whoever still holds the model."""
+    """Between two rounds of the engine, so no session is closed during a call or a recording."""
     async with rig(folder, memory=250 * MB) as it:
         for name in "abc":
             await use(it, name)
@@ -211,7 +211,8 @@ async def test_models_are_closed_on_the_thread_that_runs_them(folder: Path) -> N
 
 
 async def test_memory_budget_holds_under_concurrent_use(folder: Path) -> None:
-    """Users of three models in random order, where two fit: nobody's model goes away, and never are there three."""
+    """Users of three models in random order, with memory for two: no model is unloaded while in use, and three are never
+    loaded."""
     rng = random.Random(6)
     async with rig(folder, memory=450 * MB) as it:
         outcomes: list[str] = []
@@ -362,7 +363,7 @@ async def test_model_load_is_not_starved_by_a_full_queue(folder: Path) -> None:
 
 
 async def test_loading_does_not_wait_for_waiting_requests(folder: Path) -> None:
-    """The callers of a model that is being loaded hold all the places of the queue that there are."""
+    """Callers of a loading model hold every slot of the queue."""
     it = Rig(folder, ModelSettings(preload=("none",)), EXPORTER, QueueLimits(max_waiting=1))
     it.engine.start()
     try:

@@ -1,4 +1,4 @@
-"""Rotary tables are those of diffusers' embeddings, at the dimensions of the real models and thousands of tokens."""
+"""Rotary tables match diffusers' embeddings, with the dimensions of the real models and thousands of tokens."""
 
 from collections.abc import Callable
 from typing import Any

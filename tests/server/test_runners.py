@@ -245,7 +245,7 @@ def test_inputs_without_a_row_axis_are_not_padded_or_split(tmp_path: Path) -> No
 
 
 def test_total_number_of_recordings_is_bounded(graph: Path) -> None:
-    """What was released is not freed: shapes that change for ever are run without."""
+    """Released recordings are not freed, so ever-changing shapes are run without recording."""
     runner, session = recording(graph, patience=0, most=2, most_ever=5)
     for columns in range(1, 12):
         for _ in range(3):

@@ -312,7 +312,7 @@ def test_a_token_is_in_no_answer_and_no_log(folders: Path, caplog: pytest.LogCap
 
 
 def test_a_token_sees_no_other_models(folders: Path) -> None:
-    """Neither by using them, nor in what it is revealed when it names none that there is."""
+    """Neither through requests nor in the error for a model that does not exist."""
     from img2img_server.access import tokens
 
     hidden = folders / "store" / "hidden"

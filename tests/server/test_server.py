@@ -1,4 +1,4 @@
-"""The server's life: health, reflection, the port, and the drain."""
+"""Health, reflection, the port, and draining of a server."""
 
 import asyncio
 import signal

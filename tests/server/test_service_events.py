@@ -1,4 +1,4 @@
-"""Schedulers, previews and estimates through the service: what is asked, what the engine tells, and in which order it arrives."""
+"""Schedulers, previews and estimates through the service: the request, the engine's events and their order."""
 
 import asyncio
 import io

@@ -91,7 +91,7 @@ def test_trace_of_a_transform_has_a_span_per_stage() -> None:
 
 
 def test_requests_that_share_a_step_each_have_a_span_for_it() -> None:
-    """Neither is told the other's own: they have the same id, which callers may choose as they like."""
+    """Request ids may be equal, since callers choose them: neither request's trace contains the other's spans."""
     pipeline, inside, leave = FakePipeline(), threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -214,8 +214,8 @@ def test_every_call_except_health_checks_has_a_span() -> None:
 
 
 def test_unresponsive_collector_delays_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes connections and says nothing. Calls are answered, and the server stops, though an attempt would go on for an
-    hour."""
+    """The collector accepts connections but never answers. Calls are answered and the server stops, although an export would be
+    retried for an hour."""
     monkeypatch.setattr("img2img_server.telemetry.traces._EXPORT", 3600.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         telemetry = TelemetrySettings(otlp_endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")

@@ -129,7 +129,7 @@ def test_engine_key_covers_everything_the_engine_depends_on(bundle: Get) -> None
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "lcm"])
 def test_computed_input_sizes_match_the_pipelines_inputs(bundle: Get, name: str) -> None:
-    """What the pipeline really feeds a graph at the best size is what its engine is best at."""
+    """The engine is optimal for the inputs that the pipeline really passes at the optimal size."""
     path, manifest = bundle(name), read_manifest(bundle(name))
     profile = Profile.of((Bucket(64, 48, 2),), NATIVE)
     assert profile is not None

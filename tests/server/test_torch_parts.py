@@ -1,4 +1,4 @@
-"""PyTorch's modules: the type that suits the device, and how they lie in memory."""
+"""PyTorch modules: the dtype chosen for the device, and the memory format."""
 
 from collections.abc import Callable
 from pathlib import Path
