@@ -105,6 +105,7 @@ def test_attributes_read_by_the_server_match_diffusers(pipes: tuple[Any, Any]) -
     assert (size_multiple(light), native_sizes(light)) == (size_multiple(own), native_sizes(own))
     assert light.scheduler.config == own.scheduler.config
     assert set(light.components) == set(own.components)
+    assert all(getattr(light, name) is light.components[name] for name in own.components), "LoRAs look for text encoders"
     texts = {"prompt": TEXTS[-1], "negative_prompt": "fog"}
     assert Truncation(light).warnings(texts) == Truncation(own).warnings(texts) != ()
     for setting in type(light).settings:

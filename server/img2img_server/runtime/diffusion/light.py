@@ -38,8 +38,8 @@ class LightLatentConsistency:
         self.config = FrozenDict({**self.settings, **settings})
         self.device = self._execution_device = torch.device(device)
         self.vae, self.unet, self.scheduler = (self.components[name] for name in ("vae", "unet", "scheduler"))
-        self.text_encoder_2 = self.components.get("text_encoder_2")
-        self.safety_checker = None
+        self.safety_checker: None = None
+        self.__dict__.update(self.components)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
