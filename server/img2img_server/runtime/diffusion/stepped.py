@@ -247,7 +247,7 @@ class SteppedPipeline(ABC):
         close_graphs(self._pipe)
 
     def _encode_adapted(self, texts: list[str], choices: list[Choice | None]) -> list[Embedding]:
-        encoders = [getattr(self._pipe, name, None) for name in TEXT_ENCODERS]
+        encoders = [self._pipe.components.get(name) for name in TEXT_ENCODERS]
         with adapting(encoders, choices):
             return self._encode_texts(texts)
 
