@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from covering import nightly_but
 from img2img_export.verify import speedups as measuring
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.bundle.speedups import FEATURES, LIGHT_NAME, Speedup
@@ -31,6 +32,18 @@ def test_the_light_graph_shares_the_weights_and_has_only_the_outer_layers(bundle
     checked = [part for part in manifest.verification.components if part.graph == "light"]
     assert len(checked) == 4
     assert all(part.passed and part.relative_error < 1e-4 for part in checked)
+
+
+@pytest.mark.parametrize("precision", nightly_but(["fp16", "bf16", "int8"], "fp16"))
+def test_the_light_graph_has_the_precision_of_the_whole_one(bundle: Get, precision: str) -> None:
+    directory = bundle(f"sd1:{precision}:speedups")
+    manifest = read_manifest(directory)
+    (unet,) = (part for part in manifest.components if part.name == "unet")
+    assert (unet.precision, unet.light) == (precision, f"unet/{LIGHT_NAME}"), unet.reason
+    assert unet.fused_light == (f"unet/cuda/{LIGHT_NAME}" if precision == "fp16" else "")
+    checked = {part.graph for part in manifest.verification.components if part.component == "unet" and part.passed}
+    assert checked >= ({"light", "fused light"} if precision == "fp16" else {"light"})
+    assert {one.cpu_times_faster for one in manifest.speedups.table} == {0.0} or precision == "int8", "emulation is not timed"
 
 
 def test_a_bundle_without_the_option_has_neither(bundle: Get) -> None:

@@ -180,6 +180,17 @@ def test_a_request_with_a_speedup_skips_what_a_loop_over_diffusers_modules_skips
         assert difference(image, model.expected(request, None)) > 1, "the speedup changes the image"
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sdxl_skips_what_a_loop_over_diffusers_modules_skips(bundle: Get, tiny_model: Get, name: str) -> None:
+    model = Model(bundle("sdxl:fp32:speedups"), tiny_model("sdxl"))
+    model.offer(name)
+    request = ask()
+    (image,) = run_alone(model.pipeline, request)
+    assert difference(image, model.expected(request, SETTINGS[name])) <= 1
+    assert difference(image, model.expected(request, None)) > 1
+
+
 def test_requests_with_different_speedups_share_calls_and_do_not_change_each_other(model: Model) -> None:
     asked = [
         (ask(EXACT, seed=1), None),
