@@ -14,6 +14,7 @@ from img2img_export import component
 from img2img_export.build import export_model
 from img2img_export.errors import ExportError, may_fall_back
 from img2img_export.options import ExportOptions
+from img2img_export.verify.recorded_inputs import Calls
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.runtime.common.pipe import latent_size, native_size
 from img2img_server.runtime.loader import load_pipeline
@@ -112,3 +113,16 @@ def test_full_disk_does_not_count_as_a_backend_failure(model: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
     assert may_fall_back(OSError("no such model"))
     assert not may_fall_back(PermissionError(errno.EACCES, "Permission denied"))
+
+
+def test_an_argument_varies_by_its_value_and_not_by_its_address() -> None:
+    """Qwen-Image 2.1 makes a cache for each image: the reason in the manifest depended on whether one had another's address."""
+
+    class Cache:
+        pass
+
+    calls = Calls({})
+    kept = [Cache(), Cache()]
+    for mode, cache in zip(("write", "read"), kept, strict=True):
+        calls.note({"kv_cache": cache, "kv_cache_mode": mode, "scale": 1.0})
+    assert calls.varying == ["kv_cache_mode"]

@@ -45,7 +45,7 @@ class Calls:
         """Records the non-tensor arguments, which a graph cannot have as inputs."""
         for name, value in call.items():
             if not isinstance(value, (torch.Tensor, Mapping)):
-                self.settings.setdefault(name, set()).add(repr(value))
+                self.settings.setdefault(name, set()).add(_text(value))
 
     @property
     def varying(self) -> list[str]:
@@ -126,6 +126,13 @@ class Recorder:
         calls = self.calls.setdefault(name, Calls(call, name in self._complete))
         calls.add(tensors)
         calls.note(call)
+
+
+def _text(value: Any) -> str:
+    """The value as text. Of an object without a text of its own, which has its address, the class: addresses may be reused."""
+    kind = type(value)
+    has_none = vars(object)["__repr__"] is getattr(kind, "__repr__", None)
+    return kind.__qualname__ if has_none else repr(value)
 
 
 _WITHOUT_ROWS = ("img_ids", "txt_ids")
