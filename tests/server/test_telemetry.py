@@ -19,6 +19,7 @@ from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server.config import TelemetrySettings
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.interface import Span
+from img2img_server.engine.request import UsedSpeedup
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.support.call import Call
 from img2img_server.telemetry.request_traces import MOST_STEPS
@@ -88,6 +89,14 @@ def test_trace_of_a_transform_has_a_span_per_stage() -> None:
     assert all(step.name == "step" and step.attributes["img2img.batch.rows"] == 2 for step in steps)
     assert {span.trace for span in collector.spans} == {call.trace}
     assert collector.resources[0]["service.name"] == "img2img"
+
+
+def test_a_span_names_the_speedup_of_its_request() -> None:
+    pipeline = FakePipeline()
+    pipeline.speedup = UsedSpeedup("guidance kept", 1.5, 33.0, 0.97)
+    with collecting() as collector, traced(collector, pipeline) as server, connected(server) as channel:
+        stub_of(channel).Transform(request(fidelity=pb.Fidelity(level=pb.FIDELITY_LEVEL_FAST)))
+    assert collector.named(TRANSFORM).attributes["img2img.speedup"] == "guidance kept"
 
 
 def test_requests_that_share_a_step_each_have_a_span_for_it() -> None:
@@ -231,6 +240,7 @@ sys.modules["opentelemetry.sdk.trace"] = None
 sys.path.insert(0, "tests")
 from running import running
 from img2img_server.config import TelemetrySettings
+from img2img_server.engine.request import UsedSpeedup
 try:
     with running(lambda: print("loaded"), telemetry=TelemetrySettings(otlp_endpoint="http://localhost:4317")):
         pass

@@ -27,7 +27,8 @@ class RequestTrace:
 
     `steps` are the denoiser's calls that it took part in, the first MOST_STEPS of `step_count`; `stepped` is the end of the last
     one; `codecs` are the calls that encoded and decoded it, by stage. After its end `ended` is set, and `timings` and the number
-    of `images`, or the `error`'s reason. Times are of time.monotonic, the engine's clock.
+    of `images`, or the `error`'s reason, and the name
+    of the `speedup` that it ran with. Times are of time.monotonic, the engine's clock.
     """
 
     request: Request
@@ -40,6 +41,7 @@ class RequestTrace:
     timings: Timings | None = None
     images: int = 0
     error: str = ""
+    speedup: str = ""
 
     def record(self, event: Accepted | Event) -> None:
         """Records an event. Fast, because it runs on the engine's thread."""
@@ -47,6 +49,7 @@ class RequestTrace:
             self.ticket = event.ticket
         elif isinstance(event, Completed):
             self.ended, self.timings, self.images = time.monotonic(), event.timings, len(event.images)
+            self.speedup = "" if event.speedup is None else event.speedup.name
         elif isinstance(event, Failed):
             self.ended, self.error = time.monotonic(), event.error.reason
 

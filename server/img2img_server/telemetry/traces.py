@@ -179,6 +179,8 @@ def _attributes(record: Record) -> _Attributes:
             "img2img.height": request.result_size[1],
             "img2img.pictures": len(request.seeds),
         }
+        if trace.speedup:
+            attributes["img2img.speedup"] = trace.speedup
     return attributes
 
 
