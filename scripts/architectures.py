@@ -98,11 +98,15 @@ def keys(becomes: Mapping[str, str]) -> str:
     Raises ValueError for a class that was neither exported nor is refused.
     """
     from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING
+    from img2img_export.convert.models import CONTROLLED
 
     rows = ""
     for key, kind in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.items():
         name = kind.__name__
-        rows += f"| {key} | `{name}` | {becomes.get(name) or f'not served: {_refusal(name)}'} |\n"
+        found = becomes.get(name) or f"not served: {_refusal(name)}"
+        if name in CONTROLLED:
+            found = f"{becomes[CONTROLLED[name]]}: the plain model and the ControlNet are bundles of their own"
+        rows += f"| {key} | `{name}` | {found} |\n"
     return f"{_KEYS_HEAD}{rows}"
 
 

@@ -153,3 +153,38 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
         return kept(shared, f"bundles/{name.replace(':', '-')}", good, export)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tiny_controlnet(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
+    """Gives the directory of a tiny ControlNet: "sd1-a" is one for the tiny model "sd1", and "sd1-b" another."""
+
+    @functools.cache
+    def get(name: str) -> Path:
+        import tiny_controlnets
+
+        model, _, letter = name.rpartition("-")
+        build = functools.partial(tiny_controlnets.build, tiny_model(model), seed=ord(letter))
+        return kept(shared, f"controlnets/{name}", Path.is_dir, build)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def control_bundle(shared: Path, tiny_controlnet: Callable[[str], Path]) -> Callable[[str], Path]:
+    """Gives the exported bundle of a tiny ControlNet by its name."""
+
+    @functools.cache
+    def get(name: str) -> Path:
+        from img2img_export.build import export_model
+        from img2img_export.options import ExportOptions
+        from img2img_server.bundle.manifest import MANIFEST_NAME
+        from short_exports import brief
+
+        def export(output: Path) -> None:
+            with brief():
+                export_model(ExportOptions(source=str(tiny_controlnet(name)), output=output))
+
+        return kept(shared, f"control-bundles/{name}", lambda path: (path / MANIFEST_NAME).is_file(), export)
+
+    return get

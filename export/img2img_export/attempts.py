@@ -31,6 +31,8 @@ from img2img_export.verify.recorded_inputs import Calls, Recorder
 
 _log = logging.getLogger(__name__)
 
+WITH_CONTROLS = ("stable-diffusion", "stable-diffusion-xl")
+"""The families whose requests may have ControlNets."""
 _AIM_DB = 25.0
 """PSNR of the worst image below which a graph in static int8 is quantized less. The limit is lower."""
 _REFERENCES = "verification/references"
@@ -102,14 +104,15 @@ def _attempt(
     plan = dataclasses.replace(plan, reason=reason or plan.reason)
     # Only families that the server steps take LoRAs per request, and only if the denoiser is a graph.
     lora_graphs = options.lora_graphs and plan.family != models.WHOLE and not set(DENOISERS).isdisjoint(plan.graphs)
-    converter = Converter(loader, drawn.calls, dataclasses.replace(options, lora_graphs=lora_graphs), bundle, progress)
+    options = dataclasses.replace(options, lora_graphs=lora_graphs)
+    converter = Converter(loader, drawn.calls, options, bundle, progress, control_graphs=plan.family in WITH_CONTROLS)
     made = {part.component.name: part for component in plan.graphs for part in converter.convert(component)}
     progress.stage("saving the rest of the pipeline" if plan.graphs else "saving the PyTorch pipeline")
     saved = torch_bundle.save(_load(loader, options), plan.graphs, options.precision, bundle)
     while True:
         release_memory()
         progress.stage("comparing images from the server's pipeline with the references")
-        attempt = Attempt(plan, (*(part.component for part in made.values()), *saved), _measured(made), drawn.latent_preview)
+        attempt = Attempt(plan, (*(part.component for part in made.values()), *saved), measured(made), drawn.latent_preview)
         compared, generated = images.compare_images(
             bundle, describe(attempt, options), drawn.cases, drawn.references, options.precision
         )
@@ -237,7 +240,7 @@ def _load(loader: Loader, options: ExportOptions) -> Any:
     return pipeline
 
 
-def _measured(made: Mapping[str, Made]) -> Verification:
+def measured(made: Mapping[str, Made]) -> Verification:
     """The measurements of the graphs."""
     return Verification(
         passed=False,

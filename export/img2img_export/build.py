@@ -38,13 +38,15 @@ class Outcome:
         what = f"{manifest.family} on {manifest.backend} in {manifest.precision}"
         if manifest.backend_reason:
             what += f" ({manifest.backend_reason})"
-        drawn = manifest.verification.pictures
-        worst = f"images within {max(part.max_abs_error for part in drawn)}/255 of {manifest.verification.reference}"
-        if manifest.precision != "fp32":
-            worst += f" (PSNR at least {min(part.psnr_db for part in drawn):.1f} dB)"
+        found = []
+        if drawn := manifest.verification.pictures:
+            images = f"images within {max(part.max_abs_error for part in drawn)}/255 of {manifest.verification.reference}"
+            least = f" (PSNR at least {min(part.psnr_db for part in drawn):.1f} dB)" if manifest.precision != "fp32" else ""
+            found.append(images + least)
         if compared := manifest.verification.components:
             part = max(compared, key=lambda part: part.relative_error)
-            worst += f", graphs within {part.relative_error:.1e} (worst: {part.component})"
+            found.append(f"graphs within {part.relative_error:.1e} (worst: {part.component})")
+        worst = ", ".join(found)
         if not manifest.verification.passed:
             worst += f"; NOT VERIFIED: {manifest.verification.problems[0]}"
         state = "up to date" if self.up_to_date else "exported"
@@ -100,7 +102,7 @@ def _find_up_to_date(
 
 def _recorded(options: ExportOptions) -> dict[str, str]:
     """The options that determine a bundle, besides its source. `made` is the exporter's own version: others are out of date."""
-    recorded = {"backend": options.backend, "precision": options.precision, "made": "6"}
+    recorded = {"backend": options.backend, "precision": options.precision, "made": "7"}
     if options.precision == "int8":
         recorded["int8"] = "static"
     if options.scheduler is not None:
@@ -126,6 +128,10 @@ def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, dig
         from img2img_export import adoption
 
         attempt = adoption.adopt(staging.source, layout, options, staging.bundle, progress)
+    elif checkpoint.kind == "controlnet":
+        from img2img_export import controlnet
+
+        attempt = controlnet.make(staging.source, layout, options, staging.bundle, progress)
     else:
         attempt = attempts.make(staging.source, layout, options, staging.bundle, progress)
     _tidy(staging.bundle)

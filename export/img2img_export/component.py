@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from img2img_server.bundle.adapters import LORA_NAME
+from img2img_server.bundle.adapters import LORA_NAME, AdaptedLayer
+from img2img_server.bundle.controls import CONTROL_LORA_NAME, CONTROL_NAME, FAMILY
 from img2img_server.bundle.manifest import LIMITS, AccuracyLimits, Component, ComponentParity, Precision
 from img2img_server.bundle.speedups import LIGHT_NAME
 
-from img2img_export.convert import light_graph, lora_graph, parts, split_graph
+from img2img_export.convert import control_graph, light_graph, lora_graph, parts, split_graph
 from img2img_export.convert.calibration import Calibration
 from img2img_export.convert.external_weights import GRAPH_NAME, ExternalWeightsGraph
 from img2img_export.convert.fp32_compute import computing_in_fp32
@@ -40,7 +41,7 @@ from img2img_export.errors import FAILURES, ExportError, first_line
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.read.checkpoint import DENOISERS
-from img2img_export.verify import lora_cases, token_cases
+from img2img_export.verify import control_cases, lora_cases, token_cases
 from img2img_export.verify.light_cases import light_cases
 from img2img_export.verify.parity import Case, compare, make_cases, open_fused, open_graph, takes_any_size
 from img2img_export.verify.recorded_inputs import VAE, Calls
@@ -68,22 +69,34 @@ _UNCALIBRATED = AccuracyLimits(0.5, 5.0, 255, 0.0, 0.0)
 
 FUSED = "cuda"
 """Subfolder of a graph's folder for the same graph with ONNX Runtime's fused CUDA operators."""
-_FUSABLE = ("unet", "vae_encoder", "vae_decoder")
+_FUSABLE = ("unet", "vae_encoder", "vae_decoder", FAMILY)
 """The graphs that can be fused."""
 _TRANSFORMER = "transformer"
 """The graph with a second one whose attention is fused (fused_attention.py)."""
 
 
+_FURTHER = {"lora": LORA_NAME, "control": CONTROL_NAME, "control_lora": CONTROL_LORA_NAME}
+"""The further graphs of a component that share its weights: the manifest's field, and the file's name."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Further:
+    """A further graph to make: its description, the inputs beside the plain graph's to trace it with, and its comparisons."""
+
+    part: Part
+    example: Tensors
+    cases: list[Case]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Written:
-    """The graphs of a part in its folder, and what they are compared with. `lora` describes the LoRA graph, None if there is
-    none; `trouble` is why a further graph could not be made, or ""; `kept` are the layers that static int8 left in fp32;
-    `light_cost` is that of a UNet's light graph, relative to the whole one, None if there is none."""
+    """The graphs of a part in its folder, and what they are compared with. `further` describes those of _FURTHER by field;
+    `trouble` is why one could not be made, or ""; `kept` are the layers that static int8 left in fp32; `light_cost` is that of a
+    UNet's light graph, relative to the whole one, None if there is none."""
 
     part: Part
     cases: list[Case]
-    lora: Part | None = None
-    lora_cases: list[Case] = dataclasses.field(default_factory=list)
+    further: dict[str, _Further] = dataclasses.field(default_factory=dict)
     trouble: str = ""
     kept: tuple[str, ...] = ()
     light_cost: float | None = None
@@ -101,14 +114,24 @@ class Made:
 
 
 class Converter:
-    """Makes the graphs of a checkpoint in the directory `bundle`. `calls` are the recorded inputs of the pipeline's parts."""
+    """Makes the graphs of a checkpoint in the directory `bundle`. `calls` are the recorded inputs of the pipeline's parts. With
+    `control_graphs` the UNet also gets graphs for requests with ControlNets."""
 
-    def __init__(self, loader: Loader, calls: dict[str, Calls], options: ExportOptions, bundle: Path, progress: Progress) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        calls: dict[str, Calls],
+        options: ExportOptions,
+        bundle: Path,
+        progress: Progress,
+        control_graphs: bool = False,
+    ) -> None:
         self._loader = loader
         self._calls = calls
         self._options = options
         self._bundle = bundle
         self._progress = progress
+        self._control_graphs = control_graphs
         self._calibrations: dict[str, Calibration] = {}
         self._budget = 0
 
@@ -171,13 +194,11 @@ class Converter:
         reasons = [written.trouble] if written.trouble else []
         further: dict[str, Any] = {"kept_in_fp32": written.kept}
         folder = self._bundle / name
-        graphs = {
-            "fused": (f"{FUSED}/{GRAPH_NAME}", FUSED_ATTENTION),
-            "lora": (LORA_NAME,),
-            "fused_lora": (f"{FUSED}/{LORA_NAME}", LORA_FUSED_ATTENTION),
-            "light": (LIGHT_NAME,),
-            "fused_light": (f"{FUSED}/{LIGHT_NAME}",),
-        }
+        graphs: dict[str, tuple[str, ...]] = {"fused": (f"{FUSED}/{GRAPH_NAME}", FUSED_ATTENTION)}
+        for field, file in _FURTHER.items():
+            graphs |= {field: (file,), f"fused_{field}": (f"{FUSED}/{file}",)}
+        graphs["fused_lora"] += (LORA_FUSED_ATTENTION,)
+        graphs |= {"light": (LIGHT_NAME,), "fused_light": (f"{FUSED}/{LIGHT_NAME}",)}
         for field, files in graphs.items():
             path = next((folder / file for file in files if (folder / file).is_file()), None)
             if not problems and path is not None:
@@ -191,8 +212,8 @@ class Converter:
     def _compare(self, written: _Written, field: str, path: Path, precision: Precision) -> tuple[list[ComponentParity], str]:
         """Compares a further graph. If it fails, the graph is removed, and the measurements are empty, with the reason."""
         expanded, words = field.startswith("fused") and written.part.name != _TRANSFORMER, field.replace("_", " ")
-        part, cases = (written.lora, written.lora_cases) if "lora" in field else (written.part, written.cases)
-        assert part is not None, "a LoRA graph is described"
+        further = written.further.get(field.removeprefix("fused_"))
+        part, cases = (written.part, written.cases) if further is None else (further.part, further.cases)
         if "light" in field:
             # Random inputs lie outside of the ranges that int8 is calibrated for.
             known = [case for case in cases if not (case.is_random and precision == "int8")]
@@ -221,24 +242,20 @@ class Converter:
         folder = self._bundle / name
         # int8 weights would differ in scale from those of the plain graph.
         layers = lora_graph.layers_of(module) if self._options.lora_graphs and precision != "int8" else ()
-        lora: Part | None = None
-        lora_example: Tensors = {}
         beside: dict[str, ExternalWeightsGraph] = {}
         troubles = []
         with quiet():
             _save_config(module, folder, self._options.precision)
             with computing_in_fp32(module):
                 part, example, cases, cost = self._described(name, module, calls)
-                largest = sorted(cases, key=lambda case: len(next(iter(case.inputs.values()))))[-2:]
-                compared = lora_cases.lora_cases(part, module, layers, largest) if layers else []
+                has_controls = self._control_graphs and name == "unet" and precision != "int8"
+                further = _further(part, module, example, cases, layers, has_controls)
             external = _make(module, part, example, precision)
-            if layers:
-                lora = lora_graph.adapted(part, layers)
-                lora_example = example | lora_graph.example_inputs(layers, len(next(iter(example.values()))))
+            for field, wanted in further.items():
                 try:
-                    beside[LORA_NAME] = _make(module, lora, lora_example, precision)
+                    beside[_FURTHER[field]] = _make(module, wanted.part, example | wanted.example, precision)
                 except ExportError as error:
-                    troubles.append(f"no LoRA graph: {error}")
+                    troubles.append(f"no {field.replace('_', ' ')} graph: {error}")
             kept: tuple[str, ...] = ()
             if precision == "int8" and name in STATIC_GRAPHS:
                 with computing_in_fp32(module):
@@ -254,13 +271,14 @@ class Converter:
             elif precision != "int8" and name == _TRANSFORMER:
                 with quiet():
                     write_beside(_make(module, part, example, precision, fused_attention=True), folder)
-                    if lora is not None and beside:
-                        fused_lora = _make(module, lora, lora_example, precision, fused_attention=True)
+                    if LORA_NAME in beside:
+                        lora = further["lora"]
+                        fused_lora = _make(module, lora.part, example | lora.example, precision, fused_attention=True)
                         write_beside(fused_lora, folder, LORA_FUSED_ATTENTION)
         except (*FAILURES, ExportError) as error:
             _remove_fused(folder)
             troubles.append(f"no fused graph: {type(error).__name__}: {first_line(error)}")
-        return _Written(part, cases, lora, compared, "; ".join(troubles), kept, cost)
+        return _Written(part, cases, further, "; ".join(troubles), kept, cost)
 
     def _described(self, name: str, module: Any, calls: Calls) -> tuple[Part, Tensors, list[Case], float | None]:
         """As `described`, and the cost of the light graph, None if there is none to make; with one, the graph has the deep
@@ -299,11 +317,36 @@ def _light(graph: ExternalWeightsGraph, cost: float | None) -> dict[str, Externa
     return {} if cost is None else {LIGHT_NAME: light_graph.cut(graph)}
 
 
+def _further(
+    part: Part, module: Any, example: Tensors, cases: list[Case], layers: tuple[AdaptedLayer, ...], has_controls: bool
+) -> dict[str, _Further]:
+    """The further graphs of a part, by their field: with the `layers` that LoRAs adapt, with residuals of ControlNets, and with
+    both. The module must compute in fp32."""
+    rows = len(next(iter(example.values())))
+    adapters = lora_graph.example_inputs(layers, rows)
+    made: dict[str, _Further] = {}
+    if layers:
+        lora = lora_graph.adapted(part, layers)
+        largest = sorted(cases, key=lambda case: len(next(iter(case.inputs.values()))))[-2:]
+        made["lora"] = _Further(lora, adapters, lora_cases.lora_cases(part, module, layers, largest))
+    if has_controls:
+        control, case = control_cases.residual_case(part, module, cases[-1])
+        residuals = control_graph.residuals_like(part, module, example)
+        made["control"] = _Further(control, residuals, [case])
+        if layers:
+            both = lora_graph.adapted(control, layers)
+            made["control_lora"] = _Further(both, residuals | adapters, lora_cases.lora_cases(control, module, layers, [case]))
+    return made
+
+
 def described(name: str, module: Any, calls: Calls) -> tuple[Part, Tensors, list[Case]]:
     """The graph `name`, inputs to trace it with, and its comparisons; the module must compute in fp32.
 
     Raises ExportError if its inputs are not possible for a graph.
     """
+    if name == FAMILY:
+        part = control_graph.control_part(module)
+        return part, control_cases.example_inputs(module, 2, *_SMALL["unet"][1]), control_cases.control_cases(part, module)
     if calls.rows:
         part, kind = token_part(name, module)
         return part, token_cases.example(part, kind), token_cases.make_cases(part, kind, module, calls)

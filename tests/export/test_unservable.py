@@ -14,9 +14,11 @@ from img2img_export.read.layout_checks import own_class, refuse_configurations
 from img2img_server.runtime.common.processors import loadable
 
 CONTROLLED = r"this pipeline \(\w+\) needs a control image \(control_image\), which requests cannot carry yet"
+OF_ITS_OWN = r"this pipeline \(\w+\) is a model with a ControlNet, which becomes a bundle of its own: export the plain model"
 REFUSED = {
-    "StableDiffusionControlNetPipeline": CONTROLLED,
-    "StableDiffusionControlNetImg2ImgPipeline": CONTROLLED,
+    "StableDiffusionControlNetPipeline": OF_ITS_OWN,
+    "StableDiffusionControlNetImg2ImgPipeline": OF_ITS_OWN,
+    "StableDiffusionXLControlNetPipeline": OF_ITS_OWN,
     "StableDiffusionXLControlNetUnionPipeline": CONTROLLED,
     "StableDiffusionXLControlNetPAGImg2ImgPipeline": CONTROLLED,
     "FluxControlPipeline": CONTROLLED,

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from img2img_server.bundle.controls import FAMILY
 from img2img_server.bundle.manifest import Precision, Source
 
 from img2img_export.cli.terminal import quantity
 from img2img_export.errors import ExportError, first_line
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
-from img2img_export.read.checkpoint import DENOISERS, INDEX_NAME, choose
+from img2img_export.read.checkpoint import CONFIG_NAME, DENOISERS, INDEX_NAME, choose
 from img2img_export.read.hub import download
 from img2img_export.read.source import Checkpoint, resolve
 from img2img_export.read.texts import read_json
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from img2img_export.convert.models import Plan
 
-_FUSED = ("unet", "vae")
+_FUSED = ("unet", "vae", FAMILY)
 """Components whose fp16 graphs get a second graph with fused operators."""
 
 _MEMORY_FACTOR = 1.5
@@ -93,7 +94,8 @@ def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", conte
     """
     if missing := [lora.path for lora in options.loras if not lora.path.is_file()]:
         raise ExportError(f"no LoRA file at {missing[0]}")
-    weights = weigh(contents or read_contents(checkpoint), tuple(checkpoint.layout.components))
+    components = tuple(checkpoint.layout.components)
+    weights = weigh(contents or read_contents(checkpoint), components, alone=checkpoint.kind == "controlnet")
     kinds = {**dict.fromkeys(weights, ""), **{name: kind for name, (_, kind) in checkpoint.layout.components.items()}}
     upcast = _is_upcast(checkpoint.directory / "vae" / "config.json")
     parts = tuple(_forecast_part(name, kind, weights.get(name), options.precision, plan, upcast) for name, kind in kinds.items())
@@ -161,7 +163,7 @@ def _survey_hub(options: ExportOptions, progress: Progress) -> tuple[Checkpoint,
 
     def choose_texts(index: object, names: list[str]) -> list[str]:
         chosen.append(choose(index, names, options))
-        return [name for name in names if name == INDEX_NAME or name.endswith("/config.json")]
+        return [name for name in names if name in (INDEX_NAME, CONFIG_NAME) or name.endswith(f"/{CONFIG_NAME}")]
 
     progress.stage(f"reading the metadata of {repo_id} on the hub")
     directory, _ = download(repo_id, options.revision, choose_texts, progress)
@@ -188,8 +190,8 @@ def _forecast_part(
     part = "vae" if name.startswith("vae_") else name
     is_graph = part in plan.graphs
     precision, reason = str(requested), ""
-    if requested == "int8" and not (is_graph and name.startswith((*DENOISERS, "text_encoder", "vae"))):
-        precision, reason = "fp32", "int8 applies only to the graphs of denoisers, text encoders and VAE decoders"
+    if requested == "int8" and not (is_graph and name.startswith((*DENOISERS, "text_encoder", "vae", FAMILY))):
+        precision, reason = "fp32", "int8 applies only to the graphs of denoisers, ControlNets, text encoders and VAE decoders"
     elif requested == "fp16" and part == "vae" and upcast:
         precision, reason = "fp32", "the model declares that its VAE overflows in fp16"
     if precision == "int8":

@@ -229,12 +229,14 @@ def _export(options: ExportOptions, display: Display) -> None:
 
 
 def _dry_run(options: ExportOptions, display: Display, json: bool) -> None:
+    from img2img_export import controlnet
     from img2img_export.cli.dry_run import forecast, show, survey
     from img2img_export.convert.models import plan
 
     # With --json the forecast is the only output.
     checkpoint, contents = survey(options, Progress() if json else display)
-    found = forecast(checkpoint, options, plan(checkpoint.layout, options.backend), contents)
+    planned = controlnet.plan() if checkpoint.kind == "controlnet" else plan(checkpoint.layout, options.backend)
+    found = forecast(checkpoint, options, planned, contents)
     if json:
         print(as_json(dataclasses.asdict(found)))
     else:

@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +73,12 @@ _UNKNOWN_INPUTS = {
     "depth_map": "a depth map",
 }
 """Parameters of a pipeline's call that requests have nothing for, and what they are."""
+
+CONTROLLED: Mapping[str, str] = {
+    "StableDiffusionControlNetImg2ImgPipeline": "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline": "StableDiffusionXLImg2ImgPipeline",
+}
+"""Classes of models with a ControlNet, which requests name, and of the models without it."""
 
 _PERTURBED = "PAG"
 """In the names of the classes that guide by perturbed attention."""
@@ -157,6 +163,11 @@ def _refuse_unservable(name: str) -> None:
     parameters = inspect.signature(kind.__call__).parameters if kind is not None else {}
     for parameter, what in _UNKNOWN_INPUTS.items():
         if parameter in parameters and name not in (*INPAINTING, FLUX_FILL):
+            if name in CONTROLLED:
+                raise ExportError(
+                    f"this pipeline ({name}) is a model with a ControlNet, which becomes a bundle of its own: export the plain "
+                    "model and the ControlNet's directory, and name the ControlNet in requests (controls)"
+                )
             raise ExportError(
                 f"this pipeline ({name}) needs {what} ({parameter}), which requests cannot carry yet: "
                 "export the plain model that it was made from"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from img2img_server.bundle.controls import CONTROL_CLASS, FAMILY
 from img2img_server.bundle.unsafe_files import INDEX, refuse_unsafe_config, refuse_unsafe_parts
 from img2img_server.errors import BundleError
 
@@ -23,9 +24,13 @@ from img2img_export.read.texts import read_json
 from img2img_export.read.weights_file import PICKLE_REASON, is_pickle, is_safetensors
 
 GRAPH_NAME = "model.onnx"
+CONFIG_NAME = "config.json"
+_COMPONENT_WEIGHTS = "diffusion_pytorch_model."
+"""How the names of the weights of diffusers' components begin. transformers' models have other names."""
 
-Kind = Literal["diffusers", "single-file", "onnx"]
-"""The kind of a source: weights in diffusers' layout, all weights in one file, or graphs made by optimum-cli."""
+Kind = Literal["diffusers", "single-file", "onnx", "controlnet"]
+"""The kind of a source: weights in diffusers' layout, all weights in one file, graphs made by optimum-cli, or a ControlNet, which
+is a single component of diffusers: a config.json and its weights."""
 
 TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _WEIGHTS = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.(?i:safetensors)")
@@ -69,8 +74,13 @@ def read_layout(index: Mapping[str, Any]) -> Layout:
 
 
 def choose(index: Any, names: Iterable[str], options: ExportOptions) -> tuple[Kind, Layout, list[str]]:
-    """The kind and layout of a checkpoint with this model_index.json, and which of its files `names` to read for `options`."""
+    """The kind and layout of a checkpoint with this model_index.json, and which of its files `names` to read for `options`.
+
+    For a component (`is_component`), `index` is its config.json.
+    """
     names = list(names)
+    if is_component(names):
+        return "controlnet", *_choose_component(index, names, options)
     layout = _parse_layout(index, options.source)
     if not _has_graphs_only(names):
         if not (options.allow_patterns or options.ignore_patterns):
@@ -80,6 +90,53 @@ def choose(index: Any, names: Iterable[str], options: ExportOptions) -> tuple[Ki
     if options.variant is not None:
         raise ExportError(f"{options.source} holds ONNX graphs, which have no variants: drop --variant")
     return "onnx", layout, _select_graphs(names, layout, options)
+
+
+def is_component(names: Iterable[str]) -> bool:
+    """Whether the files `names` are those of a component in diffusers' layout, and not of a pipeline."""
+    names = set(names)
+    return INDEX_NAME not in names and CONFIG_NAME in names and any(name.startswith(_COMPONENT_WEIGHTS) for name in names)
+
+
+def _choose_component(config: Any, names: list[str], options: ExportOptions) -> tuple[Layout, list[str]]:
+    """The layout of a ControlNet, and its files to read. Raises ExportError for any other component."""
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name != CONTROL_CLASS:
+        kind = f"a {name}, a component" if isinstance(name, str) else "a component"
+        if isinstance(name, str) and "ControlNet" in name:
+            raise ExportError(
+                f"{options.source} is a {name}: img2img exports the ControlNets of Stable Diffusion 1, 2 and XL ({CONTROL_CLASS})"
+            )
+        raise ExportError(
+            f"{options.source} is {kind} and not a model: it has no {INDEX_NAME}; choose the directory of the complete model"
+        )
+    if config.get("quantization_config") is not None:
+        raise ExportError(
+            f"{options.source} is quantized (quantization_config in its config.json): export it in fp16, bf16 or fp32"
+        )
+    if config.get("global_pool_conditions"):
+        raise ExportError(
+            f"{options.source} is a ControlNet that pools its residuals (global_pool_conditions), which img2img cannot do yet"
+        )
+    _refuse_for_controlnets(options)
+    own = [name for name in names if "/" not in name]
+    if code := [name for name in own if name.endswith(".py")]:
+        raise ExportError(f"the checkpoint contains custom code ({code[0]}), which is never run")
+    weights = _weights(options.source, [name for name in own if name.startswith(_COMPONENT_WEIGHTS)], options.variant)
+    return Layout(CONTROL_CLASS, {FAMILY: ("diffusers", CONTROL_CLASS)}, ()), sorted([CONFIG_NAME, *weights])
+
+
+def _refuse_for_controlnets(options: ExportOptions) -> None:
+    """Raises ExportError for an option that a ControlNet has no use for."""
+    for flag, is_set in (
+        ("--lora", bool(options.loras)),
+        ("--scheduler", options.scheduler is not None),
+        ("--reference", options.reference is not None),
+        ("--backend", options.backend not in ("auto", "onnx")),
+        ("--allow-pattern and --ignore-pattern", bool(options.allow_patterns or options.ignore_patterns)),
+    ):
+        if is_set:
+            raise ExportError(f"{options.source} is a ControlNet, which becomes one graph: {flag} does not apply")
 
 
 def choose_texts(index: Any, names: Iterable[str], source: str) -> tuple[Layout, list[str]]:

@@ -14,11 +14,11 @@ from typing import Any
 
 from img2img_export.errors import ExportError, first_line
 from img2img_export.progress import Advance, Progress
-from img2img_export.read.checkpoint import INDEX_NAME, names_below, read_index
+from img2img_export.read.checkpoint import CONFIG_NAME, INDEX_NAME, is_component, names_below, read_index
 from img2img_export.read.layout_checks import why_no_index
 
 Choose = Callable[[Any, list[str]], list[str]]
-"""Which files to fetch, by the contents of model_index.json and the names of all files."""
+"""Which files to fetch, by the contents of model_index.json (a component's config.json) and the names of all files."""
 
 _ACCESS = "for a gated repository, request access on its page, then set HF_TOKEN or run `hf auth login`"
 _WATCH_SECONDS = 0.5
@@ -38,13 +38,16 @@ def download(repo_id: str, revision: str | None, choose: Choose, progress: Progr
     try:
         if constants.HF_HUB_OFFLINE:
             # Requests the index only: files that an earlier run did not choose are not in the cache.
-            snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[INDEX_NAME], local_files_only=True))
+            snapshot = Path(
+                snapshot_download(repo_id, revision=revision, allow_patterns=[INDEX_NAME, CONFIG_NAME], local_files_only=True)
+            )
             return snapshot, names_below(snapshot)
         found = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         names = [sibling.rfilename for sibling in found.siblings or ()]
-        if INDEX_NAME not in names:
+        if INDEX_NAME not in names and not is_component(names):
             raise ExportError(why_no_index(repo_id, names))
-        index = read_index(Path(hf_hub_download(repo_id, INDEX_NAME, revision=found.sha)))
+        index_name = CONFIG_NAME if is_component(names) else INDEX_NAME
+        index = read_index(Path(hf_hub_download(repo_id, index_name, revision=found.sha)))
         files = choose(index, names)
         _fetch(found, [sibling for sibling in found.siblings if sibling.rfilename in files], progress)
         # By the requested revision, not the commit, so that the cache can resolve the revision offline.

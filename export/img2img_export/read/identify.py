@@ -22,7 +22,7 @@ _ADAPTERS = (
     (
         r"(control_model|controlnet_\w+|input_hint_block|control_(all_x_embedder|layers|noise_refiner))\..*|lllite_.*",
         "a ControlNet, not a model",
-        f"img2img does not support it; {_BASE} without it",
+        "export its directory in diffusers' layout (a config.json and diffusion_pytorch_model.safetensors)",
     ),
     (
         r"(image_proj|ip_adapter)\..*|proj\.(0|2|3)\..*|ip_adapter_.*",

@@ -19,7 +19,18 @@ from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.read import lora, single_file
-from img2img_export.read.checkpoint import INDEX_NAME, TEXT_SUFFIXES, Kind, Layout, choose, names_below, read_index, refuse_unsafe
+from img2img_export.read.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    TEXT_SUFFIXES,
+    Kind,
+    Layout,
+    choose,
+    is_component,
+    names_below,
+    read_index,
+    refuse_unsafe,
+)
 from img2img_export.read.digests import Digests
 from img2img_export.read.layout_checks import own_class, refuse_configurations, refuse_unreadable_files, why_no_index
 from img2img_export.read.single_file import find_template, refuse_unreadable
@@ -51,8 +62,10 @@ class Checkpoint:
 
     def link_into(self, tree: Path) -> None:
         """Fills `tree` with links to the files. A text with a byte order mark is copied without it."""
+        # A component's files are in the folder that a pipeline has for it.
+        (folder,) = self.layout.components if self.kind == "controlnet" else (".",)
         for name in self.files:
-            link, file = tree / name, self.directory / name
+            link, file = tree / folder / name, self.directory / name
             link.parent.mkdir(parents=True, exist_ok=True)
             if is_safetensors(name):
                 # diffusers treats the suffix in another case as a pickle.
@@ -94,9 +107,10 @@ def _layout(options: ExportOptions, digests: Digests, progress: Progress) -> Che
         raise ExportError(f"{options.source} has its own configurations: --config is only for a single file")
     directory, names, repo_id = _locate(options, progress)
     _refuse_odd(directory)
-    if INDEX_NAME not in names:
+    if INDEX_NAME not in names and not is_component(names):
         raise ExportError(why_no_index(directory, names))
-    kind, layout, files = choose(read_index(directory / INDEX_NAME), names, options)
+    index = read_index(directory / (CONFIG_NAME if is_component(names) else INDEX_NAME))
+    kind, layout, files = choose(index, names, options)
     if missing := [name for name in files if not (directory / name).is_file()]:
         raise ExportError(f"{options.source} lacks the file {missing[0]}")
     refuse_unreadable_files(directory, files)

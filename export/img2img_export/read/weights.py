@@ -82,13 +82,15 @@ def is_graph(name: str) -> bool:
     return ".onnx" in Path(name).name
 
 
-def weigh(contents: Contents, components: Sequence[str]) -> dict[str, Weights]:
-    """The weights of each component: the files in its folder, or a single file's tensors by name."""
+def weigh(contents: Contents, components: Sequence[str], alone: bool = False) -> dict[str, Weights]:
+    """The weights of each component: the files in its folder, or a single file's tensors by name; with `alone`, all are those of
+    the only component."""
     found: dict[str, list[Tensor]] = {}
     for path, header in contents.headers.items():
         folder = path.partition("/")[0]
         for name, tensor in header.items():
-            component = folder if folder in components else _component_of(name, components)
+            owner = components[0] if alone else _component_of(name, components)
+            component = folder if folder in components else owner
             if component is not None:
                 found.setdefault(component, []).append(tensor)
     weights = {name: _sum_up(tensors) for name, tensors in found.items()}

@@ -101,9 +101,9 @@ class Component:
 
     `reason` says why the precision differs from the requested one. The graph is `NAME/model.onnx`; `fused` is the path in the
     bundle of a second graph with ONNX Runtime's fused operators for CUDA, or empty. `bytes` is the size of the weights.
-    `lora` and `light` are the paths of its LoRA graph and of a UNet's light graph (speedups.py), `fused_lora` and `fused_light`
-    of those with fused operators. `kept_in_fp32` are the layers of a graph in static int8 that stayed in fp32 because they were
-    sensitive, the worst first.
+    `lora`, `control` and `light` are the paths of its LoRA graph, and of a UNet's graphs for ControlNets and of its light graph
+    (speedups.py); `fused_lora` and so on are those with fused operators. `kept_in_fp32` are the layers of a graph in static int8
+    that stayed in fp32 because they were sensitive, the worst first.
     """
 
     name: str
@@ -120,6 +120,10 @@ class Component:
     fused_lora: str = ""
     light: str = ""
     fused_light: str = ""
+    control: str = ""
+    fused_control: str = ""
+    control_lora: str = ""
+    fused_control_lora: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,37 @@
+"""The export of a ControlNet: a bundle of its own with one graph, which requests to other models name.
+
+Its graph is compared with PyTorch. There are no images to compare: those are the models' that it controls.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from img2img_server.bundle.controls import CONTROL_CLASS, FAMILY
+from img2img_server.bundle.manifest import LIMITS
+
+from img2img_export.attempts import Attempt, measured
+from img2img_export.component import Converter
+from img2img_export.convert.models import Loader, Plan
+from img2img_export.errors import FAILURES, ExportError, first_line
+from img2img_export.options import ExportOptions
+from img2img_export.progress import Progress
+from img2img_export.read.checkpoint import Layout
+from img2img_export.verify.recorded_inputs import Calls
+
+
+def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, progress: Progress) -> Attempt:
+    """Fills the directory `bundle` with the graph of the ControlNet in `source`. Raises ExportError."""
+    converter = Converter(Loader(source, layout, options.variant), {FAMILY: Calls({})}, options, bundle, progress)
+    try:
+        made = {part.component.name: part for part in converter.convert(FAMILY)}
+    except FAILURES as error:
+        raise ExportError(f"{FAMILY}: {type(error).__name__}: {first_line(error)}") from error
+    found = measured(made)
+    limits = {name: float(value) for name, value in dataclasses.asdict(LIMITS[options.precision]).items()}
+    verification = dataclasses.replace(found, passed=not found.problems, limits=limits, reference="PyTorch in fp32")
+    return Attempt(plan(), tuple(part.component for part in made.values()), verification)
+
+
+def plan() -> Plan:
+    """What becomes of a ControlNet."""
+    return Plan(CONTROL_CLASS, FAMILY, "onnx", (FAMILY,))
