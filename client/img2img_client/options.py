@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, Union, get_args
 
 from img2img.v1 import image_to_image_pb2 as messages
 
-from img2img_client.values import Asset, ImageFormat, Level, ModelInfo, ModelReference
+from img2img_client.values import Asset, Control, ImageFormat, Level, ModelInfo, ModelReference
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,7 +44,8 @@ class TransformOptions(TypedDict, total=False):
     `mask` is an image that says what to redraw: white is redrawn, black is kept; `mask_invert` swaps them, `mask_blur` softens
     its edges by so many pixels. The result has the source's pixels outside the mask, unless `mask_paste` is False.
     `reference_images` are more images to edit by, and `true_cfg_scale`, in 0..30, is guidance by `negative_prompt`, for models
-    that take them: `ModelInfo.fields` says which options a model takes, with its defaults and bounds.
+    that take them: `ModelInfo.fields` says which options a model takes, with its defaults and bounds. `controls` are images that
+    ControlNets of the server read, such as edges or a pose.
 
     `fidelity` says how near the images must be to the exact ones, for speed: "exact" (the default), "high" (at least 35 dB) or
     "fast" (at least 30 dB). Or set `min_psnr_db`, in decibels, or `min_ssim`, in 0..1. `ModelInfo.speedups` says what a model
@@ -77,6 +78,7 @@ class TransformOptions(TypedDict, total=False):
     fidelity: Level | None
     min_psnr_db: float | None
     min_ssim: float | None
+    controls: "Sequence[Control] | None"
 
 
 def taken_options(options: TransformOptions, models: Sequence[ModelInfo]) -> TransformOptions:
@@ -128,6 +130,16 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
         true_cfg_scale=options.get("true_cfg_scale"),
         loras=[messages.Lora(id=name, scale=scale) for name, scale in (options.get("loras") or {}).items()],
         fidelity=_fidelity_message(options),
+        controls=[
+            messages.Control(
+                model=model_message(control.model),
+                image=_image_message(control.image, "controls"),
+                scale=control.scale,
+                start=control.start,
+                end=control.end,
+            )
+            for control in options.get("controls") or ()
+        ],
     )
     if request.ByteSize() > MAX_MESSAGE_BYTES:
         raise ValueError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from img2img_client.connection import add_connection_flags, connect, target_of
 from img2img_client.reporting import attempt, print_error, retry_report
+from img2img_client.values import Control
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,6 +25,7 @@ examples:
   img2img reproduce sunset.png --image photo.jpg
   img2img reproduce sunset.png --image photo.jpg --output again.png --max-difference 2
   img2img reproduce hat.png --image photo.jpg --mask head.png
+  img2img reproduce house.png --image photo.jpg --control edges.png
   img2img reproduce sunset.png                        if the source was an asset that the server still has
 
 FILE is an image that a server made with --provenance text or c2pa. The file contains the settings, but not the source image.
@@ -60,6 +62,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         dest="references",
         help="a reference image, as a file or an address; repeat in the order of the request (default: FILE's assets)",
     )
+    parser.add_argument(
+        "--control",
+        action="append",
+        metavar="FILE",
+        dest="controls",
+        help="a control image, as a file or an address; repeat in the order of the request (default: FILE's assets)",
+    )
     parser.add_argument("--output", type=Path, metavar="OUT", help="write the new image here (default: only compare)")
     parser.add_argument(
         "--max-difference", type=int, metavar="N", help="fail if a channel of a pixel differs by more than N of 255"
@@ -83,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         source, options = _source(arguments, record), recorded_options(record)
         options.update(_mask(arguments, record))
         options["reference_images"] = _references(arguments, record)
+        options["controls"] = _controls(arguments, record)
         with connect(arguments, retry_report(PROGRAM, target_of(arguments))) as client:
             # An older server recorded also what its model did not take.
             result = client.transform(source, **taken_options(options, client.models()))
@@ -172,6 +182,25 @@ def _references(arguments: argparse.Namespace, record: Mapping[str, Any]) -> lis
     return [f"asset:{asset}" for asset in assets] if given is None else list(given)
 
 
+def _controls(arguments: argparse.Namespace, record: Mapping[str, Any]) -> list[Control]:
+    recorded, given = record.get("controls") or [], arguments.controls
+    kinds = {"model": str, "scale": int | float, "start": int | float, "end": int | float}
+    if not isinstance(recorded, list) or not all(
+        isinstance(control, dict) and all(isinstance(control.get(name), kind) for name, kind in kinds.items())
+        for control in recorded
+    ):
+        raise ValueError(f"the img2img record in the image is damaged: controls is {recorded!r}")
+    if given is not None and len(given) != len(recorded):
+        raise ValueError(f"--control is given {len(given)} times, but the request had {len(recorded)} control images")
+    if given is None and not all(isinstance(control.get("asset"), str) for control in recorded):
+        raise ValueError(f"--control FILE is needed {len(recorded)} times: not all control images of FILE were assets")
+    images = [f"asset:{control['asset']}" for control in recorded] if given is None else given
+    return [
+        Control(control["model"], image, control["scale"], control["start"], control["end"])
+        for control, image in zip(recorded, images, strict=True)
+    ]
+
+
 _COMPARED = {
     "source_digest": "the source image is not the one that was used",
     "mask": "the mask is not the one that was used",
@@ -179,6 +208,7 @@ _COMPARED = {
     "bundle_digest": "the model was exported again since",
     "loras": "a LoRA's file was replaced",
     "speedup": "the model has other speedups",
+    "controls": "a ControlNet or a control image is not the one that was used",
     "engine": "another engine runs the model",
     "img2img": "another version of img2img runs",
 }
@@ -197,7 +227,14 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list
 
 def _digest(record: Mapping[str, Any], name: str) -> object:
     value = record.get(name)
+    if isinstance(value, list):
+        return [_digests(item) for item in value]
     return value.get("digest") if isinstance(value, dict) else value
+
+
+def _digests(item: object) -> object:
+    """The digests of an item of a list, and not the ids of its assets, which a file need not have."""
+    return [item.get("bundle_digest"), item.get("digest")] if isinstance(item, dict) else item
 
 
 def _report(difference: ImageDifference, notes: list[str], *, as_json: bool) -> None:

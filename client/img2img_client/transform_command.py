@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from img2img_client.connection import add_connection_flags, connect, target_of
 from img2img_client.output import Output, plan_output
 from img2img_client.reporting import attempt, print_error, retry_report
-from img2img_client.values import Completed, Level, ModelReference, TransformEvent, TransformResult
+from img2img_client.values import Completed, Control, Level, ModelReference, TransformEvent, TransformResult
 
 if TYPE_CHECKING:
     from img2img_client.options import Fit, ImageInput, TransformOptions
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "img2img transform"
 _SIDES = ("LEFT", "TOP", "RIGHT", "BOTTOM")
+_CONTROL_NUMBERS = ("scale", "start", "end")
 
 _EPILOG = """\
 examples:
@@ -32,6 +33,7 @@ examples:
   img2img transform photo.jpg --output hat.png --prompt "a red hat" --mask head.png --mask-blur 4
   img2img transform photo.jpg --output wide.png --prompt "a wide beach" --expand 128,0,128,0 --strength 1
   img2img transform photo.jpg --output style.png --lora ghibli:0.8 --lora sharp
+  img2img transform photo.jpg --output house.png --control canny=edges.png,scale=0.8,end=0.6
   img2img transform photo.jpg --output lake.png --scheduler "DPM++ 2M Karras" --steps 15 --preview-every 3
   cat photo.jpg | img2img transform - --output - --format webp --quiet > sunset.webp
   img2img transform room.jpg --reference chair.png --reference lamp.png --output new.png --prompt "put both into the room"
@@ -122,6 +124,16 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="ID[:SCALE]",
         help="LoRA of the server, at this scale (default: 1; repeatable); `img2img models --loras` lists them",
+    )
+    group.add_argument(
+        "--control",
+        type=_control,
+        action="append",
+        default=[],
+        metavar="MODEL=FILE[,scale=S][,start=A][,end=B]",
+        dest="controls",
+        help="image for a ControlNet of the server, such as edges or a pose, as a file or an address; scale is the factor of its "
+        "effect, start and end the fractions of the steps between which it applies (repeatable)",
     )
     bound = group.add_mutually_exclusive_group()
     bound.add_argument(
@@ -274,6 +286,27 @@ def _loras(given: "list[tuple[str, float]]") -> dict[str, float]:
     return loras
 
 
+def _control(text: str) -> Control:
+    """A control: its model, its image, and numbers after commas."""
+    model, equals, rest = text.partition("=")
+    image, *parts = rest.split(",")
+    # A file's name may contain commas.
+    while parts and parts[0].partition("=")[0] not in _CONTROL_NUMBERS:
+        image += f",{parts.pop(0)}"
+    if not (model and equals and image):
+        raise argparse.ArgumentTypeError(f"must be MODEL=FILE, not {text!r}")
+    numbers: dict[str, float] = {}
+    for part in parts:
+        name, _, value = part.partition("=")
+        if name not in _CONTROL_NUMBERS:
+            raise argparse.ArgumentTypeError(f"unknown setting {name!r}: use {', '.join(_CONTROL_NUMBERS)}")
+        try:
+            numbers[name] = float(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{name} must be a number, not {value!r}") from None
+    return Control(model, image, **numbers)
+
+
 def _source(image: str) -> "ImageInput":
     """The source image for the argument IN."""
     return sys.stdin.buffer.read() if image == "-" else image
@@ -327,6 +360,7 @@ def _options(arguments: argparse.Namespace) -> "TransformOptions":
         "fidelity": arguments.fidelity,
         "min_psnr_db": arguments.min_psnr,
         "min_ssim": arguments.min_ssim,
+        "controls": arguments.controls,
     }
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from PIL import Image
 
+    from img2img_client.options import ImageInput
+
 DEFAULT_TARGET = "localhost:50051"
 """The default address of `img2img serve`."""
 
@@ -40,6 +42,22 @@ class ModelReference:
     revision: str | None = None
     allow_patterns: tuple[str, ...] = ()
     ignore_patterns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """An image for a ControlNet of the server, and how strongly the result follows it.
+
+    `model` is the ControlNet's id or a ModelReference. `image` is a file's path, a file's bytes, a Pillow image, an Asset, or an
+    address that the server reads. `scale` is the factor of its effect; it applies to the steps from `start` to `end`, both
+    fractions of all steps. None means the server's default: 1, 0 and 1.
+    """
+
+    model: str | ModelReference
+    image: "ImageInput"
+    scale: float | None = None
+    start: float | None = None
+    end: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

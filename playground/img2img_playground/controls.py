@@ -150,7 +150,7 @@ class Controls:
     def _show_choices(self, settings: Settings) -> None:
         default = next((model.id for model in self._models if model.is_default), None)
         models = {"": "Server's default" if default is None else f"Server's default ({default})"}
-        models |= {model.id: _describe(model) for model in self._models}
+        models |= {model.id: _describe(model) for model in self._models if model.family != "controlnet"}
         if settings.model and settings.model not in models:
             models[settings.model] = f"{settings.model} · not on the server"
         failed = {model.id for model in self._models if model.state == "failed"}

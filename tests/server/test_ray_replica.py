@@ -13,7 +13,7 @@ from img2img_server.backends.ray.messages import Card, ModelQuery, RemoteRequest
 from img2img_server.backends.ray.replica import Replica
 from img2img_server.bundle.manifest import Source
 from img2img_server.config import ModelSettings, ServerConfig
-from img2img_server.engine.request import Completed, Failed, Plan, Progress, Queued, Request, Started
+from img2img_server.engine.request import Completed, ControlUse, Failed, Plan, Progress, Queued, Request, Started
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import (
     DeadlineExpired,
@@ -86,6 +86,24 @@ async def test_stream_yields_every_event_in_order() -> None:
     steps = [event for event in told if isinstance(event, Progress)]
     assert [step.step for step in steps] == [1, 2, 3]
     assert [step.preview is not None for step in steps] == [False, True, False]
+
+
+async def test_a_request_keeps_its_controlnets_in_memory() -> None:
+    pipeline, gate = FakePipeline(), Gate()
+    pipeline.before_call = gate
+    controls = (ControlUse("net", Image.new("RGB", (16, 16))),)
+    async with replica(store(m=pipeline, net=FakePipeline())) as it:
+        calling = asyncio.create_task(it.transform(job(num_inference_steps=1, strength=1.0, controls=controls)))
+        await gate.reached.wait()
+        unloading = asyncio.create_task(it.unload(ModelQuery(ANYBODY, name="net")))
+        await it.look()
+        assert not unloading.done()
+        gate.open.set()
+        assert isinstance(await calling, Completed)
+        assert isinstance(await unloading, Unloaded)
+        missing = await it.transform(job(controls=(ControlUse("none", Image.new("RGB", (16, 16))),)))
+    assert isinstance(missing, Failed)
+    assert isinstance(missing.error, ModelNotFound)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

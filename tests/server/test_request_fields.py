@@ -30,6 +30,7 @@ SET: dict[str, Any] = {
     "true_cfg_scale": 1.0,
     "reference_images": [pb.ImageSource(data=png())],
     "loras": [pb.Lora(id="woodcut")],
+    "controls": [pb.Control(model=pb.ModelReference(path="canny"), image=pb.ImageSource(data=png()))],
     "scheduler": "DDIMScheduler",
     "mask": pb.ImageSource(data=png()),
     "mask_blur": 1.0,

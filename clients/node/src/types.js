@@ -25,6 +25,7 @@
  * @property {number} [true_cfg_scale]
  * @property {Lora[]} [loras]
  * @property {Fidelity} [fidelity]
+ * @property {Control[]} [controls]
  */
 
 /**
@@ -42,6 +43,15 @@
  * @typedef {object} Lora
  * @property {string} id
  * @property {number} [scale]
+ */
+
+/**
+ * @typedef {object} Control
+ * @property {ModelReference} model
+ * @property {ImageSource} image
+ * @property {number} [scale]
+ * @property {number} [start]
+ * @property {number} [end]
  */
 
 /**

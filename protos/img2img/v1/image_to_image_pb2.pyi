@@ -106,6 +106,7 @@ class TransformRequest(_message.Message):
     REFERENCE_IMAGES_FIELD_NUMBER: _builtins.int
     TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
     LORAS_FIELD_NUMBER: _builtins.int
+    CONTROLS_FIELD_NUMBER: _builtins.int
     FIDELITY_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What the image should become, at most 4096 characters. Default: "A beautiful landscape with mountains and a lake at sunset"."""
@@ -195,6 +196,12 @@ class TransformRequest(_message.Message):
         """
 
     @_builtins.property
+    def controls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Control]:
+        """Images that a ControlNet reads, such as edges, a depth map or a pose, and that the result follows. At most 4; the effects of
+        several add up. Not every model takes them: see docs/loras.md. Default: none.
+        """
+
+    @_builtins.property
     def fidelity(self) -> Global___Fidelity:
         """How near the images must be to those of the same request without it, for speed: the server skips as much work as the bound
         allows by the model's speedups (the speedups of GetModel). Without one that fits, all steps are computed in full, and a warning
@@ -226,11 +233,12 @@ class TransformRequest(_message.Message):
         reference_images: _abc.Iterable[Global___ImageSource] | None = ...,
         true_cfg_scale: _builtins.float | None = ...,
         loras: _abc.Iterable[Global___Lora] | None = ...,
+        controls: _abc.Iterable[Global___Control] | None = ...,
         fidelity: Global___Fidelity | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "fidelity", b"fidelity", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "fidelity", b"fidelity", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "loras", b"loras", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "reference_images", b"reference_images", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "controls", b"controls", "fidelity", b"fidelity", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "loras", b"loras", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "reference_images", b"reference_images", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -356,6 +364,61 @@ class Lora(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
 
 Global___Lora: _TypeAlias = Lora  # noqa: Y015
+
+@_typing.final
+class Control(_message.Message):
+    """An image that a ControlNet of the server reads, and how strongly the result follows it. The server does not make such images:
+    send the edges, depth or pose that the ControlNet was trained on.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    scale: _builtins.float
+    """The factor of its effect, -10 to 10. Default: 1."""
+    start: _builtins.float
+    """The part of the steps that run before the ControlNet applies, 0 to 1. Default: 0."""
+    end: _builtins.float
+    """The part of the steps that run until the ControlNet stops to apply, above start and up to 1. Default: 1."""
+    @_builtins.property
+    def model(self) -> Global___ModelReference:
+        """The ControlNet: a bundle of the server of the family "controlnet", for models like the request's. Required."""
+
+    @_builtins.property
+    def image(self) -> Global___ImageSource:
+        """The control image, resized to the result's size. Required."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___ModelReference | None = ...,
+        image: Global___ImageSource | None = ...,
+        scale: _builtins.float | None = ...,
+        start: _builtins.float | None = ...,
+        end: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "end", b"end", "image", b"image", "model", b"model", "scale", b"scale", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "end", b"end", "image", b"image", "model", b"model", "scale", b"scale", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
+    _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
+    _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
+
+Global___Control: _TypeAlias = Control  # noqa: Y015
 
 @_typing.final
 class Fit(_message.Message):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server import images
+from img2img_server.api.controls import Controls, Lease, check_controls
 from img2img_server.api.fidelity import fidelity_from
 from img2img_server.api.loras import check_loras, find_loras
 from img2img_server.api.masks import mask_rule
@@ -59,10 +60,10 @@ class ParsedRequest:
     """A request for the engine, and how to respond.
 
     `arrival` is in seconds (time.perf_counter). If `as_asset` is set, the images are stored and their ids sent. `source_asset` is
-    the id of the source's asset, `mask_asset` of the mask's, `reference_assets` of the references', empty if it is none;
-    `mask_rule` is None without a mask. `model` has no pipeline, because the request may outlive the model in memory; `engine`
-    names the pipeline's engine on arrival.
-    `fields` are the names of the fields that the model takes.
+    the id of the source's asset, `mask_asset` of the mask's, `reference_assets` of the references', `control_assets` of the
+    control images', empty if it is none; `mask_rule` is None without a mask. `model` has no pipeline, because the request may
+    outlive the model in memory; `engine` names the pipeline's engine on arrival. `fields` are the names of the fields that the
+    model takes.
     """
 
     model: Model
@@ -77,6 +78,11 @@ class ParsedRequest:
     mask_rule: images.MaskRule | None = None
     fields: frozenset[str] = frozenset()
     reference_assets: tuple[str, ...] = ()
+    control_assets: tuple[str, ...] = ()
+
+
+async def _no_controlnets() -> tuple[Model, ...]:
+    raise AssertionError("requests with controls have a lease of their ControlNets")
 
 
 class Parser:
@@ -88,6 +94,7 @@ class Parser:
         self._clock = clock
         self._codecs = codecs
         self._references = References(sources, codecs, config.image_limits, config.sources.http_seconds)
+        self._controls = Controls(sources, codecs, config.image_limits)
         self._threads = FairThreads(_PLANNING, "img2img-plan")
         self._loras = LoraFiles(config.loras.folder)
 
@@ -98,13 +105,17 @@ class Parser:
         seconds_left: float | None,
         previews: bool,
         reading: Reading = AS_WRITTEN,
+        lease: Lease = _no_controlnets,
     ) -> ParsedRequest:
-        """Checks a message for `model` and fills in defaults. Previews are only drawn if `previews` is set.
+        """Checks a message for `model` and fills in defaults. Previews are only drawn if `previews` is set. `lease` loads the
+        ControlNets that the message names.
 
         Raises InvalidField, naming the first wrong field, or another ServerError.
         """
         arrival = time.perf_counter()
         deadline = None if seconds_left is None else self._clock() + seconds_left
+        if model.is_controlnet:
+            raise InvalidField("model", f"'{model.id}' is a ControlNet, which other models' requests name in controls")
         fields = fields_of(self._config, _pipeline_of(model))
         for name in reading.optional:
             if name not in fields:
@@ -123,12 +134,14 @@ class Parser:
             self._sources.assets.require("output.as_asset")
         rule = mask_rule(message, fields, _pipeline_of(model).source_rule.mask, model.id, reading.mask_by_alpha)
         check_loras(message)
+        check_controls(message, self._sources)
         self._sources.check(message.image)
         if rule is not None:
             self._sources.check(message.mask, "mask")
         self._references.check(message.reference_images)
         loras = await self._threads.run(find_loras, message.loras, self._loras) if message.loras else ()
         # Expensive work starts here, after all other fields have been checked.
+        nets = await lease() if message.controls else ()
         references = await self._references.read(message.reference_images)
         field, data = await self._sources.read(message.image)
         call = current()
@@ -145,6 +158,7 @@ class Parser:
         with self._codecs.memory.hold(call, 0 if message.image.WhichOneof("source") == "data" else len(data)):
             image, digest, size = await self._codecs.load(data, load)
         mask = None if rule is None else await self._mask(message, rule, size)
+        controls = await self._controls.read(message.controls, nets, size, _pipeline_of(model).size_multiple)
         request = Request(
             model=model.id,
             image=image,
@@ -169,6 +183,7 @@ class Parser:
             references=tuple(reference.image for reference in references),
             reference_digests=tuple(reference.digest for reference in references),
             fidelity=fidelity,
+            controls=controls,
         )
         # The engine plans the request too. Its slow part is cached here, off the engine's and the event loop's threads.
         plan = await self._threads.run(_pipeline_of(model).plan, request)
@@ -189,6 +204,7 @@ class Parser:
             rule,
             frozenset(fields),
             tuple(map(asset_of, message.reference_images)),
+            tuple(asset_of(control.image) for control in message.controls),
         )
 
     async def _mask(self, message: pb.TransformRequest, rule: images.MaskRule, size: tuple[int, int]) -> Mask:

@@ -76,6 +76,19 @@ class Provenance:
         if not request.fidelity.is_exact:
             values["fidelity"] = str(request.fidelity)
             values["speedup"] = None if speedup is None else speedup.name
+        if request.controls:
+            values["controls"] = [
+                {
+                    "model": use.model,
+                    "scale": use.scale,
+                    "start": use.start,
+                    "end": use.end,
+                    "bundle_digest": use.digest,
+                    "digest": use.image_digest.hex(),
+                    "asset": asset or None,
+                }
+                for use, asset in zip(request.controls, job.control_assets, strict=True)
+            ]
         if request.mask is not None and job.mask_rule is not None:
             values["mask"] = {
                 **asdict(job.mask_rule),

@@ -12,6 +12,7 @@ from typing import Any
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 
+from img2img_server.api.controls import MOST_CONTROLS
 from img2img_server.api.loras import MOST_LORAS
 from img2img_server.config import (
     DEFAULT_GUIDANCE,
@@ -100,6 +101,11 @@ def _table(config: ServerConfig, size_multiple: int) -> tuple[RequestField, ...]
             "loras", "this model takes no LoRAs: it needs LoRA graphs, and a server with a folder of LoRAs", max_count=MOST_LORAS
         ),
         RequestField("fidelity"),
+        RequestField(
+            "controls",
+            "this model takes no controls: it needs a control graph, which models of Stable Diffusion 1, 2 and XL have",
+            max_count=MOST_CONTROLS,
+        ),
         RequestField("preview_interval", default=0, minimum=0, maximum=config.max_steps),
         RequestField("output.format"),
         RequestField("output.quality", default=DEFAULT_QUALITY, minimum=1, maximum=100),

@@ -281,8 +281,9 @@ class Executor:
         """Observes a successful call, and records its cost."""
         seconds, model = self._clock() - begun, call.tickets[0].request.model
         if call.stage in STAGES:
+            plain = seconds / _work(call.tickets) if call.stage == "denoise" else seconds
             with self._lock:
-                self._costs.record(call.stage, (model, call.kind.shape), call.kind.pixels, call.rows, seconds)
+                self._costs.record(call.stage, (model, call.kind.shape), call.kind.pixels, call.rows, plain)
         members = tuple(ticket.request for ticket in call.tickets)
         self._observe(Span(call.stage, model, len(call.tickets), call.rows, begun, seconds, members))
 
@@ -309,6 +310,11 @@ class Executor:
         if stage in STAGES:
             with self._lock:
                 self._costs.forbid(model, pixels, rows, stage, largest=max(1, rows // 2))
+
+
+def _work(tickets: Sequence[Ticket]) -> float:
+    """How many times longer a step of these requests takes than one of as many plain rows."""
+    return sum(ticket.plan.work * ticket.plan.rows for ticket in tickets) / sum(ticket.plan.rows for ticket in tickets)
 
 
 def _rows(stage: str, tickets: Sequence[Ticket]) -> int:

@@ -41,6 +41,8 @@ class Job:
     background: bool = False
     client: str = ""
     images: int = 1
+    work: float = 1.0
+    """How many times longer a step takes than one of as many plain rows, which the costs are of (see Plan)."""
 
     @property
     def seconds(self) -> JobSeconds:
@@ -104,15 +106,20 @@ def charge(usage: Usage, jobs: Sequence[Job], batch: Sequence[Job], seconds: flo
     if not clients:
         return {}
     had = {client: usage.get(client, 0.0) for client in clients}
-    rows = sum(job.rows for job in batch)
+    load = _load(batch)
     for job in batch:
         if job.client:
-            had[job.client] += seconds * job.rows / rows
+            had[job.client] += seconds * job.rows * job.work / load
     if not _several(jobs):
         longest = max(job.seconds_left for job in jobs)
         return {client: min(share, longest) for client, share in had.items()}
     least = min(had.values())
     return {client: share - least for client, share in had.items()}
+
+
+def _load(batch: Sequence[Job]) -> float:
+    """The rows of a call, each counted by its work."""
+    return sum(job.rows * job.work for job in batch)
 
 
 def _several(jobs: Sequence[Job]) -> bool:
@@ -207,13 +214,14 @@ class Policy:
         jobs.sort(key=lambda job: job.steps_left)
         widest = max(job.rows for job in jobs)
         cap = max(widest, min(self._cap(jobs[0], max_rows), most * widest))
-        rows, steps, seconds = sum(job.rows for job in jobs), 0.0, 0.0
+        rows, load, steps, seconds = sum(job.rows for job in jobs), _load(jobs), 0.0, 0.0
         for job in jobs:
             if job.steps_left > steps:
                 shared = min(rows, cap)
-                seconds += (job.steps_left - steps) * self._call_seconds(job, shared) * rows / shared
+                seconds += (job.steps_left - steps) * self._call_seconds(job, shared) * load / shared
                 steps = job.steps_left
             rows -= job.rows
+            load -= job.rows * job.work
             seconds += job.setup + job.ending
         return seconds
 
@@ -229,7 +237,8 @@ class Policy:
 
     def seconds(self, batch: Sequence[Job]) -> float:
         """The expected seconds of a call."""
-        return self._call_seconds(batch[0], sum(job.rows for job in batch))
+        rows = sum(job.rows for job in batch)
+        return self._call_seconds(batch[0], rows) * _load(batch) / rows
 
     def _choose(
         self, order: Sequence[Job], leader: Job | None, others: int, max_rows: dict[str, int | None], usage: Usage
@@ -239,6 +248,7 @@ class Policy:
         fair = usage.get(leader.client, 0.0) + lefts[0]
         limit, cap = self._limit(leader, max_rows), self._cap(leader, max_rows)
         batch, rows, takes, widest = [leader], leader.rows, leader.step_seconds, leader.rows
+        load = leader.rows * leader.work
         apart, lost, best, size = takes, 0.0, 0.0, 1
         for job in order:
             if job is leader or job.group != leader.group:
@@ -251,7 +261,8 @@ class Policy:
                 if together > min(padded, limit):
                     continue
             widest = max(widest, job.rows)
-            before, takes = takes, self._call_seconds(leader, together)
+            heavier = load + job.rows * job.work
+            before, takes = takes, self._call_seconds(leader, together) * heavier / together
             if takes > _MOST_STRETCHED * leader.step_seconds and usage.get(job.client, 0.0) > fair:
                 takes = before
                 continue
@@ -259,7 +270,7 @@ class Policy:
             if takes > before:
                 lost += (takes - before) * _delayed(lefts, left)
             apart += job.step_seconds
-            rows = together
+            rows, load = together, heavier
             batch.append(job)
             lefts.append(left)
             gain = (apart - takes) * (len(order) + others) - lost

@@ -5,8 +5,8 @@ so a client waits for one slot at most, however many requests others have queued
 requests come last. Among clients the order is by rank, with what is ahead of a request in its client's line counted as its own.
 Requests without a client have no line: each is on its own.
 
-Requests of one kind, alike in model, shape, rows and images, are sorted by the same seconds of a step, so equal ones stay in the
-order of their arrival. These change when they are off by a fifth; requests that wait are sorted in again one by one.
+Requests of one kind, alike in model, shape, rows, images and work, are sorted by the same seconds of a step, so equal ones stay
+in the order of their arrival. These change when they are off by a fifth; requests that wait are sorted in again one by one.
 """
 
 import math
@@ -40,8 +40,8 @@ class Entry:
 
 
 _Requests = RankedList[Entry]
-_Kind = tuple[Group, int, int]
-"""Model and shape, rows, images."""
+_Kind = tuple[Group, int, int, float]
+"""Model and shape, rows, images, work."""
 
 
 class Queue:
@@ -270,7 +270,7 @@ class Queue:
 
 
 def _kind_of(job: Job) -> _Kind:
-    return job.group, job.rows, job.images
+    return job.group, job.rows, job.images, job.work
 
 
 def _has_passed(entry: Entry, now: float) -> bool:

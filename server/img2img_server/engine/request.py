@@ -42,6 +42,24 @@ class LoraUse:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlUse:
+    """A control image of a request, and the ControlNet that reads it.
+
+    `model` is the ControlNet's id, and `digest` its bundle's. `image` is RGB, of the result's size; `image_digest` identifies its
+    content. The residuals are multiplied by `scale` in steps that begin at `start` of the request's steps or later, and finish by
+    `end`, both from 0 to 1; in other steps there are none.
+    """
+
+    model: str
+    image: Image.Image
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    digest: str = ""
+    image_digest: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One transform, checked and with every default filled in.
 
@@ -54,7 +72,8 @@ class Request:
     sends no other events. Requests of one `cache_scope` share cached encodings, so their timings reveal whether another request
     used the same input. `mask` is None if the whole source is transformed; the pipeline's `source_rule` says whether it takes
     one. `references` are more images to edit by, in RGB, and `reference_digests` identify their content. `loras` are added to the
-    model's weights for this request only. `fidelity` says how near the images must be to those of full steps.
+    model's weights for this request only. `fidelity` says how near the images must be to those of full steps. The ControlNets of
+    `controls` stay in memory while the request runs.
 
     Fields that the model does not take have values without effect: `strength` and `guidance_scale` 1, `true_cfg_scale` None.
     """
@@ -83,6 +102,7 @@ class Request:
     reference_digests: tuple[bytes, ...] = ()
     loras: tuple[LoraUse, ...] = ()
     fidelity: Fidelity = EXACT
+    controls: tuple[ControlUse, ...] = ()
 
     @property
     def result_size(self) -> tuple[int, int]:
@@ -134,7 +154,8 @@ class Plan:
 
     Requests of one model with the same `shape` share calls; `rows` is the number of samples it adds to each: one per image, two
     with classifier-free guidance. `step_count` is the number of calls it takes part in. `warnings` are sent to its caller with
-    the result. With a `speedup`, `calls` has its part in the call of each step, as they differ.
+    the result. With a `speedup`, `calls` has its part in the call of each step, as they differ. A step takes about `work` times
+    as long as without the request's controls.
     """
 
     shape: Hashable
@@ -144,6 +165,7 @@ class Plan:
     warnings: tuple[RequestWarning, ...] = ()
     calls: tuple[StepCall, ...] = ()
     speedup: UsedSpeedup | None = None
+    work: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -371,7 +371,7 @@ class Scheduler:
                 job.group, job.pixels, job.rows = (ticket.request.model, call.shape), call.pixels, call.rows
             job.steps_left = ticket.steps_left
             job.passed_over = ticket.passed_over
-            kind = job.group, job.rows, job.images, state is None
+            kind = job.group, job.rows, job.images, job.work, state is None
             if (seconds := known.get(kind)) is None:
                 seconds = known[kind] = self._seconds(ticket)
             job.step_seconds, job.setup, job.ending = seconds
@@ -396,6 +396,7 @@ class Scheduler:
             background=ticket.request.background,
             client=ticket.request.client,
             images=len(ticket.request.seeds),
+            work=ticket.plan.work,
         )
 
     def _seconds(self, ticket: Ticket) -> JobSeconds:
@@ -408,7 +409,8 @@ class Scheduler:
 
     def _step_seconds(self, ticket: Ticket, call: Plan | StepCall) -> float | None:
         """The expected seconds of a step of a request alone."""
-        return self._costs.seconds("denoise", (ticket.request.model, call.shape), call.pixels, call.rows)
+        known = self._costs.seconds("denoise", (ticket.request.model, call.shape), call.pixels, call.rows)
+        return None if known is None else known * ticket.plan.work
 
     def _alike_steps(self, ticket: Ticket, next_seconds: float) -> float:
         """How many steps like the next one, of `next_seconds`, take as long as those that are left of a request whose steps

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from img2img_server.bundle.controls import FAMILY
 from img2img_server.bundle.manifest import Manifest, Source, read_manifest
 from img2img_server.config import PRELOAD_WORDS, ModelSettings
 from img2img_server.engine.request import Pipeline
@@ -127,6 +128,11 @@ class Model:
         return ModelState.FAILED if self.problem else ModelState.UNLOADED
 
     @property
+    def is_controlnet(self) -> bool:
+        """Whether it is a ControlNet, which other models' requests name."""
+        return self.manifest is not None and self.manifest.family == FAMILY
+
+    @property
     def expected_memory(self) -> int:
         """Its measured or estimated memory in bytes; 0 if unknown."""
         return (self.memory or (estimate(self.manifest) if self.manifest is not None else 0)) + self.slot_memory
@@ -140,7 +146,9 @@ class Model:
 class ModelRegistry:
     """The models of a server, found at start or later. Thread-safe.
 
-    A request without a reference means the default model, or the only one at start. `folder` is the folder of bundles, None if
+    A request without a reference means the default model, or the only one at start, apart from ControlNets.
+
+    `folder` is the folder of bundles, None if
     the models have no bundles.
     """
 
@@ -148,8 +156,9 @@ class ModelRegistry:
         self._lock = threading.Lock()
         # Never changed, always replaced, so readers need no lock.
         self._models = _by_id(models)
-        if default is None and len(self._models) == 1:
-            (default,) = self._models
+        own = [model.id for model in self._models.values() if not model.is_controlnet]
+        if default is None and len(own) == 1:
+            (default,) = own
         if default is not None and default not in self._models:
             raise BundleError(f"the default model '{default}' is not in the store, which has {self._names()}")
         self.default = default

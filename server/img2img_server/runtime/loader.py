@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from img2img_server.bundle.controls import FAMILY
 from img2img_server.bundle.files import read_json
 from img2img_server.bundle.manifest import Manifest, Precision, TensorSpec
 from img2img_server.bundle.unsafe_files import refuse_unsafe
@@ -19,6 +20,8 @@ from img2img_server.runtime.common import cpu
 from img2img_server.runtime.common.device_copy import device_stream, go_over
 from img2img_server.runtime.common.out_of_memory import KEEPERS, is_out_of_memory
 from img2img_server.runtime.common.vae import bound_torch_vaes, most_memory
+from img2img_server.runtime.control.controls import ModelControls, NoControls
+from img2img_server.runtime.control.nets import ControlNet, ControlNets
 from img2img_server.runtime.diffusion.flux import Flux
 from img2img_server.runtime.diffusion.flux_2 import Flux2, Flux2Klein, FluxKontext
 from img2img_server.runtime.diffusion.inpainting import StableDiffusionInpainting, StableDiffusionXLInpainting
@@ -69,6 +72,8 @@ _ONCE_WHOLE = {"StableDiffusion3Img2ImgPipeline": "stable-diffusion-3", "FluxImg
 _FEW_BYTES = 2**28
 """If torch's tensors on the GPU take less than this, no other model is loaded there."""
 
+_WIDTHS = {"fp16": 2, "bf16": 2, "int8": 1}
+"""Bytes of a weight, 4 in other precisions."""
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -80,12 +85,14 @@ def load_pipeline(
     open_graph: Open = open_session,
     keep: Callable[[Make], Make] = lambda make: make,
     loras: LoraSettings | None = None,
+    controlnets: ControlNets | None = None,
 ) -> Pipeline:
     """Loads the bundle in the directory `bundle`, whose manifest was read and checked before.
 
     `execution` says how to run it, None for the defaults. `cache` keeps encoded prompts and images; several pipelines may share
     one. `open_graph` opens ONNX files; `keep` wraps the function that makes runners for a GPU or the CPU, to keep references to
-    them. `loras` are the LoRAs that requests may name, None for none.
+    them. `loras` are the LoRAs that requests may name, None for none. `controlnets` are the ControlNets in memory, to which a
+    bundle of one is added.
     Raises BundleError if the bundle does not fit this server or the provider is not available, OutOfMemory if the GPU is full.
     """
     refuse_unsafe(bundle)
@@ -94,7 +101,10 @@ def load_pipeline(
     cache = cache or Cache(0)
     if manifest.backend == "torch":
         return _load_torch(bundle, manifest, execution, threads, cache)
-    return _load_graphs(bundle, manifest, execution, threads, cache, choose(execution.provider), open_graph, keep, loras)
+    choice = choose(execution.provider)
+    if manifest.family == FAMILY and choice.provider == "openvino":
+        choice = replace(choice, provider="cpu", detail="")  # as control graphs are
+    return _load_graphs(bundle, manifest, execution, threads, cache, choice, open_graph, keep, loras, controlnets)
 
 
 def _load_graphs(
@@ -107,24 +117,27 @@ def _load_graphs(
     open_graph: Open,
     keep: Callable[[Make], Make],
     loras: LoraSettings | None,
+    controlnets: ControlNets | None,
 ) -> Pipeline:
     """Loads an ONNX bundle on the chosen provider; if the provider is "auto" and the GPU does not run the bundle, on the CPU."""
     placement = Placement(bundle, manifest, choice, open_graph)
     if choice.provider == "openvino":
         ways: dict[str, Callable[[], Pipeline]] = {
-            "onnx:openvino": lambda: _load_openvino(bundle, manifest, execution, threads, cache, placement, loras)
+            "onnx:openvino": lambda: _load_openvino(bundle, manifest, execution, threads, cache, placement, loras, controlnets)
         }
         if execution.provider == "auto":
             on_cpu = replace(choice, provider="cpu", detail="")
-            exact = lambda: _load_graphs(bundle, manifest, execution, threads, cache, on_cpu, open_graph, keep, loras)  # noqa: E731
+            exact = lambda: _load_graphs(  # noqa: E731
+                bundle, manifest, execution, threads, cache, on_cpu, open_graph, keep, loras, controlnets
+            )
             ways = {"onnx:cpu": exact, **ways}
         return measured_choice.fastest(bundle, manifest, execution, threads, ways)
     # An opaque pipeline uses several threads, and recorded calls belong to one thread.
-    graphs = execution.cuda_graphs and family_of(manifest) is not None
+    graphs = execution.cuda_graphs and (family_of(manifest) is not None or manifest.family == FAMILY)
     try:
         make, provider, tensors = _runners(choice, replace(execution, cuda_graphs=graphs), threads, placement.open, Sizes(bundle))
         logged = keep(placement.logged(make))
-        return assemble(bundle, manifest, logged, provider, tensors, threads, cache, execution, loras)
+        return assemble(bundle, manifest, logged, provider, tensors, threads, cache, execution, loras, controlnets)
     except BundleError as error:
         if choice.provider == "cpu":
             raise
@@ -136,7 +149,7 @@ def _load_graphs(
         _log.warning("%s: runs on the CPU, not on the GPU: %s", bundle.name, why)
         declined = (*choice.declined, Probe(choice.provider, problem=why))
         choice = Choice("cpu", declined=declined)
-    return _load_graphs(bundle, manifest, execution, threads, cache, choice, open_graph, keep, loras)
+    return _load_graphs(bundle, manifest, execution, threads, cache, choice, open_graph, keep, loras, controlnets)
 
 
 def _is_shared(bundle: Path) -> bool:
@@ -155,12 +168,14 @@ def assemble(
     cache: Cache,
     execution: Execution | None = None,
     loras: LoraSettings | None = None,
+    controlnets: ControlNets | None = None,
 ) -> Pipeline:
     """Builds a pipeline of the bundle's graphs, with the runners that `make` makes.
 
     `provider` is the name reported in results; it also selects between a graph and its fused variant (components.py). `tensors`,
     "cpu" or "cuda", is where the runners expect tensors, and where the latents and a hybrid's torch modules are placed.
-    `execution` says whether torch modules are compiled, and the VAE's memory. `loras` are those of requests. Raises BundleError.
+    `execution` says whether torch modules are compiled, and the VAE's memory. `loras` and `controlnets` are those of requests.
+    Raises BundleError.
     """
     execution = execution or Execution()
     memory = most_memory(execution, tensors)
@@ -169,7 +184,21 @@ def assemble(
         bundle, manifest, make, provider=provider, device=tensors, tensors=tensors, vae_memory=memory, lora_slots=slots,
         light=LIGHT if family_of(manifest) is not None else {},
     )  # fmt: skip
-    return _split(bundle, components.pipeline(), f"{manifest.backend}:{provider}", manifest, execution, threads, cache, loras)
+    engine = f"{manifest.backend}:{provider}"
+    if manifest.family == FAMILY:
+        return _controlnet(components, engine, tensors, controlnets)
+    return _split(bundle, components.pipeline(), engine, manifest, execution, threads, cache, loras, controlnets)
+
+
+def _controlnet(components: Components, engine: str, device: str, controlnets: ControlNets | None) -> ControlNet:
+    """Opens a ControlNet, and adds it to `controlnets` by its model's id."""
+    config = read_json(components.bundle / FAMILY / "config.json")
+    parameters = _parameters(components.manifest, FAMILY)
+    net = ControlNet(components.controlnet(), config, engine, device, controlnets, parameters)
+    net.owner = components.bundle
+    if controlnets is not None:
+        controlnets.add(components.bundle.absolute().name, net)
+    return net
 
 
 def _runners(choice: Choice, execution: Execution, threads: int, open_graph: Open, sizes: Sizes) -> tuple[Make, str, str]:
@@ -191,13 +220,15 @@ def _load_openvino(
     cache: Cache,
     placement: Placement,
     loras: LoraSettings | None,
+    controlnets: ControlNets | None,
 ) -> Pipeline:
     """Loads in bfloat16 if the CPU supports it and the accuracy check passes, else in float32."""
 
     def load(execution: Execution) -> Pipeline:
         arithmetic, root = openvino.arithmetic(execution), measured_choice.cache_root(execution)
         make = openvino.runners(execution, threads, bundle, manifest, placement.open, arithmetic, root)
-        return assemble(bundle, manifest, placement.logged(make), "openvino", "cpu", threads, cache, execution, loras)
+        logged = placement.logged(make)
+        return assemble(bundle, manifest, logged, "openvino", "cpu", threads, cache, execution, loras, controlnets)
 
     if openvino.arithmetic(execution) == "f32":
         return load(execution)
@@ -280,6 +311,7 @@ def _split(
     threads: int,
     cache: Cache,
     loras: LoraSettings | None = None,
+    controlnets: ControlNets | None = None,
 ) -> Pipeline:
     """Wraps a diffusers pipeline for the engine: step by step if its family supports it, else as an opaque pipeline."""
     # If graphs do all the heavy work, torch only steps schedulers; more threads of torch would compete with ONNX Runtime's.
@@ -290,7 +322,8 @@ def _split(
         pipeline = OpaquePipeline(pipe, engine, torch_threads)
     else:
         known = _loras(bundle, pipe, manifest, family, loras)
-        pipeline = family(pipe, engine, torch_threads, cache, manifest.latent_preview, known, manifest.speedups)
+        controls = _controls(pipe, manifest, family, controlnets)
+        pipeline = family(pipe, engine, torch_threads, cache, manifest.latent_preview, known, manifest.speedups, controls)
     bound_torch_vaes(pipe, most_memory(execution, torch.device(pipe.device).type))
     pipeline.owner = bundle
     if manifest.size_multiple is not None:
@@ -316,3 +349,29 @@ def _loras(
     path = bundle / "unet" / "config.json"
     config = read_json(path) if path.is_file() else None
     return ModelLoras(loras, manifest.pipeline_class, tuple(pipe.components), config, layers)
+
+
+def _controls(
+    pipe: Any, manifest: Manifest, family: type[SteppedPipeline], controlnets: ControlNets | None
+) -> ModelControls | NoControls:
+    """The controls of a model whose pipeline is `pipe`."""
+    if not family.takes_controls:
+        return NoControls(f"is of the family {manifest.family}, for which there are no ControlNets")
+    if manifest.backend == "torch":
+        return NoControls("runs in PyTorch, not as graphs")
+    if controlnets is None:
+        return NoControls("was loaded without ControlNets")
+    denoiser = getattr(pipe, family.denoiser_name)
+    if getattr(denoiser, "control", None) is None:
+        part = next((part for part in manifest.components if part.name == family.denoiser_name), None)
+        if part is not None and part.precision == "int8":
+            return NoControls("has no control graph: its UNet is in int8")
+        why = f" ({part.reason})" if part is not None and "no control" in part.reason.lower() else ""
+        return NoControls(f"has no control graph{why or ': export it again with this version of img2img'}")
+    return ModelControls(controlnets, denoiser, int(pipe.vae_scale_factor), _parameters(manifest, family.denoiser_name))
+
+
+def _parameters(manifest: Manifest, component: str) -> float:
+    """The number of weights of a component, about."""
+    part = next(part for part in manifest.components if part.name == component)
+    return max(part.bytes, 1) / _WIDTHS.get(part.precision, 4)

@@ -14,6 +14,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from PIL import Image
 from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-untyped]
 
+from img2img_server.api.controls import controls_from
 from img2img_server.api.fidelity import put_fidelity
 from img2img_server.api.kserve import tensors
 from img2img_server.api.kserve.tensors import Input, Output, shown
@@ -112,6 +113,8 @@ MASKS = (
 """Inputs for the mask, of which a request contains at most one."""
 REFERENCES = Input("reference_images", ("BYTES",), (-1,))
 """Image files or addresses, for models that take reference images."""
+CONTROL_IMAGES = Input("control_images", ("BYTES",), (-1,))
+"""Image files or addresses, for the ControlNets of the parameter `controls`."""
 SETTINGS = (
     Input("prompt", ("BYTES",)),
     Input("negative_prompt", ("BYTES",)),
@@ -128,8 +131,8 @@ SETTINGS = (
 )
 """Inputs named as their fields in TransformRequest. Each may be given as a parameter instead."""
 IMAGES, SEED = Output("images", "BYTES"), Output("seed", "INT64")
-INPUTS = (*SOURCES, *MASKS, REFERENCES, *SETTINGS)
-FIELD_OF = {one.name: "image" for one in SOURCES} | {one.name: "mask" for one in MASKS}
+INPUTS = (*SOURCES, *MASKS, REFERENCES, CONTROL_IMAGES, *SETTINGS)
+FIELD_OF = {one.name: "image" for one in SOURCES} | {one.name: "mask" for one in MASKS} | {CONTROL_IMAGES.name: "controls"}
 """The fields of TransformRequest that inputs of other names are for."""
 OUTPUTS = (IMAGES, SEED)
 STEP, STEP_COUNT, PREVIEW = Output("step", "INT64", (1,)), Output("step_count", "INT64", (1,)), Output("preview", "BYTES", (1,))
@@ -187,6 +190,7 @@ async def read(request: Any, threads: FairThreads) -> Task:
     _set_loras(message, parameters.text("loras"))
     if (fidelity := parameters.text("fidelity")) is not None:
         put_fidelity(message, fidelity)
+    _set_controls(message, parameters.text("controls"), given)
     message.preview_interval = parameters.integer("preview_interval", 32) or 0
     progress = parameters.truth("progress") or message.preview_interval > 0
     for name in ("mask_invert", "mask_paste"):
@@ -225,6 +229,8 @@ def renamed(sources: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]
         root, path = error.root, error.field
         if root in ("image", "mask"):
             field = sources.get(root, root)
+        elif root == "controls":
+            field = CONTROL_IMAGES.name if "].image" in path else root
         elif root in ("loras", "fidelity"):
             field = root
         else:  # elements of the tensor of reference images keep their number
@@ -314,6 +320,19 @@ def _set_loras(message: pb.TransformRequest, text: str | None) -> None:
     message.loras.extend(loras_from(text or ""))
 
 
+def _set_controls(message: pb.TransformRequest, text: str | None, given: Mapping[str, tensors.Given]) -> None:
+    controls = controls_from(text or "")
+    found = given.get(CONTROL_IMAGES.name)
+    images = found.value if found is not None and isinstance(found.value, tuple) else ()
+    if len(images) != len(controls):
+        raise InvalidField(
+            CONTROL_IMAGES.name, f"there are {len(images)}, and the parameter controls names {len(controls)} ControlNets"
+        )
+    for control, data in zip(controls, images, strict=True):
+        _set_image(control.image, CONTROL_IMAGES.name, data)
+    message.controls.extend(controls)
+
+
 async def _set_source(
     source: pb.ImageSource,
     field: str,
@@ -349,11 +368,15 @@ def _names(inputs: Sequence[Input]) -> str:
 def _set_references(message: pb.TransformRequest, given: Mapping[str, tensors.Given]) -> None:
     found = given.get(REFERENCES.name)
     for data in found.value if found is not None and isinstance(found.value, tuple) else ():
-        source = message.reference_images.add()
-        if begins_as_address(data):
-            source.uri = _text(REFERENCES.name, data)
-        else:
-            source.data = data
+        _set_image(message.reference_images.add(), REFERENCES.name, data)
+
+
+def _set_image(source: pb.ImageSource, name: str, data: bytes) -> None:
+    """Sets an image of the input `name`: a file, or an address."""
+    if begins_as_address(data):
+        source.uri = _text(name, data)
+    else:
+        source.data = data
 
 
 def _file(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:

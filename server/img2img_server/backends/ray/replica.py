@@ -9,7 +9,7 @@ import logging
 import math
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 
 from img2img_server.backends.local import LocalBackend, local
 from img2img_server.backends.ray.messages import (
@@ -122,7 +122,11 @@ class Replica:
         request = job.received(runner.clock())
         try:
             with runner.reserve(request.client) as slot, answering(Call("", request.id, client=request.client)):
-                async with self._backend.residency.using(Source(path=request.model)) as model:
+                async with AsyncExitStack() as lease:
+                    using = self._backend.residency.using
+                    model = await lease.enter_async_context(using(Source(path=request.model)))
+                    for control in request.controls:
+                        await lease.enter_async_context(using(Source(path=control.model)))
                     assert model.pipeline is not None, "a model in use is in memory"
                     # Slow for the first request with a scheduler and number of steps.
                     await asyncio.to_thread(model.pipeline.plan, request)

@@ -24,6 +24,7 @@ class StableDiffusionInpainting(StableDiffusion):
     """An inpainting model. Requests of the server itself, which have no mask, get the default one."""
 
     mask_use = "required"
+    takes_controls = False
 
     def _first_latents(
         self, pipe: Any, request: Request, timesteps: torch.Tensor, dtype: torch.dtype, generators: list[torch.Generator]

@@ -48,6 +48,7 @@ class LatentConsistency(StableDiffusion):
     """A Latent Consistency Model: one row per image, because guidance is an embedding and there is no negative prompt."""
 
     scheduler_cache = LatentConsistencySchedulers
+    takes_controls = False  # diffusers has no such pipeline
 
     def _is_guided(self, request: Request) -> bool:
         return False

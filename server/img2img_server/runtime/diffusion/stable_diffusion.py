@@ -21,6 +21,7 @@ class StableDiffusion(SteppedPipeline):
     """Stable Diffusion 1 and 2, and models with the same components."""
 
     mask_use: MaskUse = "optional"
+    takes_controls = True
 
     def _is_guided(self, request: Request) -> bool:
         return request.guidance_scale > 1 and self._denoiser.config.get("time_cond_proj_dim") is None

@@ -12,6 +12,7 @@ from img2img_server.bundle.speedups import Speedup
 from img2img_server.engine.request import Request
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.out_of_memory import KEEPERS
+from img2img_server.runtime.control.controls import Control
 from img2img_server.runtime.diffusion.masking import Blend
 from img2img_server.runtime.diffusion.preview import predict_original
 from img2img_server.runtime.lora.adapters import Choice
@@ -60,6 +61,8 @@ class DiffusionState:
     blend: Blend | None = None
     choice: Choice | None = None
     """Its LoRAs."""
+    controls: tuple[Control, ...] = ()
+    """Its control images."""
     predicted: Predicted | None = None
     """Of the last step, if a preview is due."""
     speedup: Speedup | None = None
@@ -124,6 +127,12 @@ class DiffusionState:
         if self.trajectory is not None:
             return self.trajectory.input_scale
         return float(scale_input(copy.copy(self.scheduler), torch.ones(1), self.timestep))
+
+    @property
+    def applying(self) -> list[tuple[Control, float]]:
+        """The controls that apply to the next step, with their scales."""
+        scaled = [(control, control.scale(self.step, self.step_count)) for control in self.controls]
+        return [(control, scale) for control, scale in scaled if scale]
 
     def original(self) -> torch.Tensor | None:
         """The latents without noise that the last step predicted for the first image, [1, C, h, w]; None if no preview is due or

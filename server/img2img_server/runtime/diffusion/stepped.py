@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from img2img_server.bundle.controls import DOWN
 from img2img_server.bundle.speedups import NONE, Speedups
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Plan, Request
@@ -25,6 +26,7 @@ from img2img_server.runtime.common.request_fields import request_fields
 from img2img_server.runtime.common.sources import source_rule
 from img2img_server.runtime.common.torch_calls import host_call, torch_call
 from img2img_server.runtime.common.truncation import Truncation
+from img2img_server.runtime.control.controls import ModelControls, NoControls, Rows
 from img2img_server.runtime.diffusion import preview
 from img2img_server.runtime.diffusion.conditioning import Embedding, Encoder
 from img2img_server.runtime.diffusion.masking import Blend, kept_latents, replace_kept
@@ -74,6 +76,9 @@ class SteppedPipeline(ABC):
     """Whether requests may have a mask, or must. Latents are replaced outside of optional ones, so the family's `prepare_latents`
     adds noise by its scheduler."""
 
+    takes_controls = False
+    """Whether requests may have ControlNets, if the denoiser has a control graph."""
+
     def __init__(
         self,
         pipe: Any,
@@ -83,6 +88,7 @@ class SteppedPipeline(ABC):
         preview_weights: PreviewWeights = (),
         loras: ModelLoras | NoLoras | None = None,
         speedups: Speedups | None = None,
+        controls: ModelControls | NoControls | None = None,
     ) -> None:
         self._pipe = pipe
         self.engine = engine
@@ -103,6 +109,9 @@ class SteppedPipeline(ABC):
         self._loras = loras or NoLoras("was loaded without a folder of LoRAs")
         if isinstance(self._loras, ModelLoras):
             self.fields = {**self.fields, "loras": FieldRule()}
+        self._controls = controls or NoControls("was loaded without ControlNets")
+        if isinstance(self._controls, ModelControls):
+            self.fields = {**self.fields, "controls": FieldRule()}
         self._preview_weights = preview_weights
         self.speedups = SpeedupChooser(
             speedups or NONE, type(pipe.scheduler).__name__, bool(getattr(self._denoiser, "has_light", False))
@@ -114,6 +123,7 @@ class SteppedPipeline(ABC):
         """The request's shape, rows and steps. Raises InvalidField if no step would run. Slow for a new scheduler or new
         steps."""
         self._loras.check(request)
+        self._controls.check(request)
         images, is_guided = len(request.seeds), self._is_guided(request)
         shape, pixels = self._shape(request)
         count = len(self._scheduler_cache.get(request).timesteps)
@@ -126,6 +136,7 @@ class SteppedPipeline(ABC):
             (*self._truncation.warnings(self._read_texts(request)), *chosen.warnings),
             self.speedups.calls(chosen, shape, pixels, images, is_guided),
             chosen.used,
+            self._controls.work(request),
         )
 
     @torch_call
@@ -134,28 +145,40 @@ class SteppedPipeline(ABC):
         schedulers = [self._scheduler_cache.get(request) for request in requests]
         choices = [self._loras.choice(request) for request in requests]
         with PinnedCopies():
+            controls = [self._controls.of(request, self._device) for request in requests]
             embeddings = self._embed(requests, choices)
             images = self._images(requests)
             states = [self._begin(*parts) for parts in zip(requests, schedulers, embeddings, images, strict=True)]
-        for state, choice in zip(states, choices, strict=True):
-            state.choice = choice
+        for state, choice, own in zip(states, choices, controls, strict=True):
+            state.choice, state.controls = choice, own
         return states
 
     @torch_call
     def denoise(self, states: Sequence[DiffusionState]) -> Sequence[Noise]:
         """Calls the denoiser once for all `states`, which may differ in step, scheduler and guidance."""
+        if isinstance(self._controls, ModelControls) and not self._controls.shares_calls:
+            controlled = [bool(state.applying) for state in states]
+            if len(set(controlled)) > 1:
+                parts = {kind: [state for state in states if bool(state.applying) == kind] for kind in (False, True)}
+                noises = {kind: iter(self._denoise(part)) for kind, part in parts.items()}
+                return [next(noises[kind]) for kind in controlled]
+        return self._denoise(states)
+
+    def _denoise(self, states: Sequence[DiffusionState]) -> Sequence[Noise]:
         samples = [sample for state in states for sample in [state.unscaled()] * (2 if state.has_two else 1)]
         joined_samples = torch.cat(samples)
         self._numbers = numbers = StepNumbers.of(states, joined_samples.device)
         if numbers.is_scaled:
             wanted = torch.empty_like(joined_samples, dtype=self._types.get("sample", joined_samples.dtype))
             joined_samples = torch.mul(joined_samples, numbers.scales[:, None, None, None], out=wanted)
-        inputs = self._inputs(joined_samples, numbers.timesteps, self._joined.get(states))
+        conditioning = self._joined.get(states)
+        residuals = self._residuals(states, {"sample": joined_samples, "timestep": numbers.timesteps, **conditioning})
+        inputs = self._inputs(joined_samples, numbers.timesteps, conditioning)
         with adapting([self._denoiser], [state.choice for state in states for _ in range(state.rows)]):
             if keepers := [state for state in states if state.speedup is not None and state.speedup.keeps_features]:
-                predicted = self._keep_features(states, keepers, inputs)
+                predicted = self._keep_features(states, keepers, inputs | residuals)
             else:
-                (predicted,) = self._predict(**inputs)
+                (predicted,) = self._predict(**inputs, **residuals)
         return split_noise(states, self._noise(predicted, joined_samples))
 
     @property
@@ -176,6 +199,17 @@ class SteppedPipeline(ABC):
             if state in keepers:
                 state.features = own.clone()  # without the batch's other rows
         return predicted
+
+    def _residuals(self, states: Sequence[DiffusionState], inputs: Conditioning) -> dict[str, Any]:
+        """The denoiser's arguments for the controls that apply to the states' next step, of the `inputs` of the call."""
+        if not isinstance(self._controls, ModelControls) or not any(state.controls for state in states):
+            return {}
+        parts, start = [], 0
+        for state in states:
+            parts.append(Rows(range(start, start + state.rows), state.applying))
+            start += state.rows
+        residuals = self._controls.residuals(parts, inputs)
+        return {DOWN: residuals} if residuals else {}
 
     def mark(self) -> Callable[[], None] | None:
         """On CUDA, a function that waits for the device: `prepare`, `denoise` and `advance` only submit their work there."""

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,25 @@ class _Slots:
                     start = end
             self.tensors[layer.down_input][slot].copy_(down if layer.is_conv else down.T)
             self.tensors[layer.up_input][slot].copy_(up if layer.is_conv else up.T)
+
+
+class Unadapted:
+    """A LoRA graph as a runner without LoRAs: every row has one of the least ranks that is zeros."""
+
+    def __init__(self, runner: Runner, device: str = "cpu") -> None:
+        layers = adapted_layers({item.name: list(item.shape) for item in runner.inputs})
+        types = {item.name: dtype_of(item) for item in runner.inputs}
+        self._zeros = _Slots(layers, types, Ranks(1, 1), 0, device).tensors
+        self._runner = runner
+        self._device = torch.device(device)
+        self.inputs = [item for item in runner.inputs if item.name not in self._zeros and item.name != INDEX]
+        self.outputs = runner.outputs
+        self.row_buckets: Sequence[int] = getattr(runner, "row_buckets", ())
+
+    def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Runs the graph."""
+        rows = len(next(iter(feed.values())))
+        return self._runner.run({**feed, **self._zeros, INDEX: torch.zeros(rows, dtype=torch.int64, device=self._device)})
 
 
 class AdaptedGraph(Graph):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from img2img_server.bundle.controls import FAMILY
 from img2img_server.bundle.files import read_json
 from img2img_server.bundle.manifest import Component, Manifest
 from img2img_server.errors import BundleError
@@ -18,9 +19,9 @@ from img2img_server.runtime.common.clip_tokenizer import LightCLIPTokenizer
 from img2img_server.runtime.common.diffusers_import import diffusers
 from img2img_server.runtime.common.processors import loadable
 from img2img_server.runtime.common.weight_budget import within
-from img2img_server.runtime.lora.graph import AdaptedGraph
-from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae, read_config
-from img2img_server.runtime.onnx.runners import LIGHT_RUNNER, LORA_RUNNER, Make
+from img2img_server.runtime.lora.graph import AdaptedGraph, Unadapted
+from img2img_server.runtime.onnx.modules import Graph, LaterGraph, OnnxDenoiser, OnnxTextEncoder, OnnxVae, read_config
+from img2img_server.runtime.onnx.runners import CONTROL_RUNNER, LIGHT_RUNNER, LORA_RUNNER, Make
 
 _log = logging.getLogger(__name__)
 
@@ -100,11 +101,35 @@ class Components:
         if self._has_graph(name):
             if library == "transformers":
                 return OnnxTextEncoder(self._graph(name), folder, self.device, read_config(folder) if light else None)
-            return OnnxDenoiser(self._graph(name), folder, self.device, self._light_graph(name))
+            return OnnxDenoiser(self._graph(name), folder, self.device, self._light_graph(name), self._control(name))
         return _load(component_class(library, class_name), folder)
 
     def _has_graph(self, name: str) -> bool:
         return (self.bundle / name / _GRAPH).is_file()
+
+    def controlnet(self) -> Graph:
+        """Opens the graph of a ControlNet. Raises BundleError."""
+        return self._graph(FAMILY)
+
+    def _control(self, name: str) -> LaterGraph | None:
+        """A denoiser's control graph, None if it has none. If LoRAs are enabled, its rows may have LoRAs, too."""
+        component = next((item for item in self.manifest.components if item.name == name), None)
+        if component is None or component.control not in self.manifest.files:
+            return None
+        adapts = bool(self.lora_slots) and component.control_lora in self.manifest.files
+        path, fused = component.control, component.fused_control
+        if adapts:
+            path, fused = component.control_lora, component.fused_control_lora
+        chosen = fused if self.provider == "cuda" and fused in self.manifest.files else path
+
+        def open_graph() -> Graph:
+            runner = self.make(name + CONTROL_RUNNER, self.bundle / chosen)
+            if not adapts:
+                return Graph(runner, self.tensors)
+            return AdaptedGraph(Unadapted(runner, self.tensors), runner, name, self.lora_slots, self.tensors)
+
+        # Graphs on other providers differ in their last bits, so rows without residuals stay in the plain graph.
+        return LaterGraph(open_graph, mixes=self.provider in ("cpu", "cuda"))
 
     def _graph(self, name: str) -> Graph:
         """Opens a component's graph: on CUDA the one with fused operators, if there is one and it opens, else the plain one."""

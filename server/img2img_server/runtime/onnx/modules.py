@@ -10,13 +10,15 @@ import contextlib
 import functools
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
 
+from img2img_server.bundle.controls import DOWN, MID
 from img2img_server.bundle.speedups import FEATURES
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common.device_copy import send
@@ -25,24 +27,22 @@ from img2img_server.runtime.common.pipe import parts
 from img2img_server.runtime.common.vae import BoundedVae, output_of
 from img2img_server.runtime.onnx.runners import Runner, dtype_of
 from img2img_server.runtime.onnx.token_graphs import GRAPHS, MARK, TokenGraph
+from img2img_server.support.device_lock import DEVICE_IN_USE
 
 _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
 """The order of the outputs of transformers' text encoders."""
 
 
-_KNOWN_FORMS = {
-    "UNet2DConditionModel": [
-        (0, "return_dict", "sample", "timestep", "encoder_hidden_states", "timestep_cond", "added_cond_kwargs"),
-    ]
-}
+_UNET_FORM = (0, "return_dict", "sample", "timestep", "encoder_hidden_states", "timestep_cond", "added_cond_kwargs")
+_KNOWN_FORMS = {"UNet2DConditionModel": [_UNET_FORM, (*_UNET_FORM, DOWN)]}
 """Calls that a class accepts, as the number of arguments and the names of others: the server's own."""
 
 
 class Graph:
     """An ONNX graph that is called with torch tensors by name. Casts them to its input types and ignores names without an input.
 
-    `device` is where its runner expects tensors. `scalars` are its inputs without axes. Raises BundleError for types without an
-    equivalent in torch.
+    `device` is where its runner expects tensors. `scalars` are its inputs without axes. `widths` are the numbers of channels or
+    features of inputs and outputs, by name. Raises BundleError for types without an equivalent in torch.
     """
 
     def __init__(self, runner: Runner, device: str = "cpu") -> None:
@@ -53,6 +53,7 @@ class Graph:
         self.row_buckets: Sequence[int] = getattr(runner, "row_buckets", ())
         """Numbers of rows that calls are padded to, ascending; empty if calls are not padded."""
         self.scalars = frozenset(item.name for item in runner.inputs if not item.shape)
+        self.widths = _widths((*runner.inputs, *runner.outputs))
 
     def __call__(self, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Runs the graph. Returns its outputs by name, in the graph's order, in float32 and on the device of the first tensor."""
@@ -77,6 +78,27 @@ class Graph:
     def close(self) -> None:
         """Releases its runner, even if this graph is still referenced."""
         self.__dict__.pop("_runner", None)
+
+
+class LaterGraph:
+    """A graph that is opened when it is first needed, on any thread.
+
+    If `mixes`, rows that another graph could compute have that graph's results bit by bit.
+    """
+
+    def __init__(self, open_graph: Callable[[], Graph], mixes: bool) -> None:
+        self.mixes = mixes
+        self.opened: Graph | None = None
+        self._open = open_graph
+        self._lock = threading.Lock()
+
+    def get(self) -> Graph:
+        """The graph. Slow the first time. Raises BundleError if it does not open."""
+        with self._lock:
+            if self.opened is None:
+                with DEVICE_IN_USE:
+                    self.opened = self._open()
+            return self.opened
 
 
 class OnnxModule(torch.nn.Module):
@@ -136,14 +158,18 @@ class OnnxDenoiser(OnnxModule):
     """A UNet or transformer of any diffusers class. It is called like that class's `forward`, whose parameters have the names of
     the graph's inputs; the values of a dictionary are passed by their keys. A graph of tokens (token_graphs.py) has other inputs.
 
-    `tokens` makes the inputs of such a graph; None for any other. `light` is a UNet's light graph, None for none.
+    `tokens` makes the inputs of such a graph; None for any other. `light` is a UNet's light graph, None for none, and `control`
+    the graph for calls with residuals of ControlNets.
     """
 
-    def __init__(self, graph: Graph, folder: Path, device: str = "cpu", light: Graph | None = None) -> None:
+    def __init__(
+        self, graph: Graph, folder: Path, device: str = "cpu", light: Graph | None = None, control: LaterGraph | None = None
+    ) -> None:
         super().__init__(read_config(folder), device)
         self._graph = graph
         self._light = light
         self.has_light = light is not None
+        self.control = control
         name = str(self.config.get("_class_name"))
         if name not in dir(diffusers):
             raise BundleError(f"{folder} needs '{name}', which diffusers {diffusers.__version__} lacks")
@@ -172,18 +198,24 @@ class OnnxDenoiser(OnnxModule):
         if self.tokens is not None:
             made = self.tokens.output(bound, *self.predict(**self.tokens.inputs(bound)))
             return _denoised(made) if bound.get("return_dict", True) else (made,)
-        sample = next(iter(self._graph(**self._tensors(bound)).values()))
+        tensors = self._tensors(bound)
+        sample = next(iter(self._graph_for(tensors)(**tensors).values()))
         return _denoised(sample) if bound.get("return_dict", True) else (sample,)
 
     def predict_with_features(self, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction for arguments of `forward`, and the deep features, for `predict_light`."""
-        outputs = self._graph(**self._tensors(named))
+        tensors = self._tensors(named)
+        outputs = self._graph_for(tensors)(**tensors)
         return next(iter(outputs.values())), outputs[FEATURES]
 
     def predict_light(self, features: torch.Tensor, **named: Any) -> torch.Tensor:
         """The prediction for arguments of `forward`, by the light graph on deep `features` [R, C, h, w]."""
         assert self._light is not None, "there is a light graph"
         return next(iter(self._light(**self._tensors(named), **{FEATURES: features}).values()))
+
+    def _graph_for(self, tensors: Mapping[str, torch.Tensor]) -> Graph:
+        """The graph that takes these inputs."""
+        return self.control.get() if self.control is not None and MID in tensors else self._graph
 
     def _tensors(self, bound: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The graph's inputs for arguments of `forward`."""
@@ -199,6 +231,11 @@ class OnnxDenoiser(OnnxModule):
     def _signature(self) -> inspect.Signature:
         """Of the class's `forward`."""
         return inspect.signature(getattr(diffusers, self.config["_class_name"]).forward)
+
+    @property
+    def graphs(self) -> list[Graph]:
+        """Its graphs that are open."""
+        return [*super().graphs, *([self.control.opened] if self.control is not None and self.control.opened is not None else [])]
 
     @contextlib.contextmanager
     def cache_context(self, name: str) -> Any:
@@ -257,6 +294,12 @@ def _denoised(sample: torch.Tensor) -> Any:
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     return Transformer2DModelOutput(sample=sample)
+
+
+def _widths(items: Sequence[Any]) -> dict[str, int]:
+    """The fixed last axis of each tensor, of images the second: its channels or features."""
+    axes = {item.name: item.shape[1 if len(item.shape) == 4 else -1] for item in items if len(item.shape) > 1}
+    return {name: axis for name, axis in axes.items() if isinstance(axis, int)}
 
 
 def _flatten(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -45,15 +45,15 @@ Make = Callable[[str, Path], Runner]
 """Makes the runner of a component, from its name and its ONNX file. Raises BundleError."""
 
 
-LORA_RUNNER = ".lora"
-LIGHT_RUNNER = ".light"
-"""Suffixes of the names of runners of LoRA graphs and light graphs, after the component's name."""
+LORA_RUNNER, LIGHT_RUNNER, CONTROL_RUNNER = ".lora", ".light", ".control"
+"""Suffixes of the names of runners of LoRA graphs, light graphs and control graphs, after the component's name."""
+_FURTHER = (LORA_RUNNER, LIGHT_RUNNER, CONTROL_RUNNER)
 
 
 def bundle_of(name: str, graph: Path) -> Path:
     """The bundle's folder, of which `graph` is a file in the folder of the component `name`, or of one of its further graphs'
     runners."""
-    component = name.removesuffix(LORA_RUNNER).removesuffix(LIGHT_RUNNER)
+    component = next((name.removesuffix(suffix) for suffix in _FURTHER if name.endswith(suffix)), name)
     return next((folder.parent for folder in graph.parents if folder.name == component), graph.parent)
 
 

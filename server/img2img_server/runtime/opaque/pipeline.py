@@ -75,6 +75,8 @@ class OpaquePipeline:
         that the pipeline does not take."""
         if request.loras:
             raise InvalidField("loras", "this model takes no LoRAs: it runs as a whole, not step by step")
+        if request.controls:
+            raise InvalidField("controls", "this model takes no controls: it runs as a whole, not step by step")
         if request.scheduler is not None:
             raise InvalidField("scheduler", "this model supports only its own scheduler: leave the field unset")
         if self._steps(request) == 0:

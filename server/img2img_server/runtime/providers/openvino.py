@@ -23,7 +23,15 @@ from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Bucket, Execution
 from img2img_server.runtime.onnx.graph_sizes import Shapes, Sizes, shapes_of, try_on_zeros
 from img2img_server.runtime.onnx.providers import load_openvino
-from img2img_server.runtime.onnx.runners import LIGHT_RUNNER, LORA_RUNNER, HostRunner, Make, Runner, SplitGraphRunner
+from img2img_server.runtime.onnx.runners import (
+    CONTROL_RUNNER,
+    LIGHT_RUNNER,
+    LORA_RUNNER,
+    HostRunner,
+    Make,
+    Runner,
+    SplitGraphRunner,
+)
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions
 
 _log = logging.getLogger(__name__)
@@ -144,7 +152,7 @@ class Graphs:
 
     def __call__(self, name: str, graph: Path) -> Runner:
         """Makes the runner of the component `name` on OpenVINO, or else on the CPU provider. Raises BundleError if both fail."""
-        if name.endswith((LORA_RUNNER, LIGHT_RUNNER)):
+        if name.endswith((LORA_RUNNER, LIGHT_RUNNER, CONTROL_RUNNER)):
             # A LoRA graph's ranks vary from call to call, and OpenVINO would compile it for each. A light graph is small, and in
             # bfloat16 it would need a split timestep embedding.
             return self._on_cpu(graph)

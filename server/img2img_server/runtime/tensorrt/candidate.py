@@ -21,12 +21,13 @@ from img2img_server.errors import BundleError
 from img2img_server.runtime import accuracy_check
 from img2img_server.runtime.common import cpu
 from img2img_server.runtime.common.device_copy import device_stream, enter_stream
+from img2img_server.runtime.control.nets import ControlNets
 from img2img_server.runtime.execution import Bucket, Execution
 from img2img_server.runtime.loader import FAMILIES, assemble
 from img2img_server.runtime.lora.adapters import LoraSettings
 from img2img_server.runtime.onnx.graph_sizes import Sizes
 from img2img_server.runtime.onnx.providers import choose
-from img2img_server.runtime.onnx.runners import HostRunner, Make, Runner, bundle_of
+from img2img_server.runtime.onnx.runners import CONTROL_RUNNER, HostRunner, Make, Runner, bundle_of
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions, open_session
 from img2img_server.runtime.providers import cuda
 from img2img_server.runtime.providers.device_runner import DeviceRunner
@@ -46,7 +47,7 @@ class Workshop:
     """The dependencies of building and opening engines. `machine` names the GPU, the driver and the libraries.
 
     `other` makes runners of the serving provider, for components and sizes without an engine. `tensors` is where runners expect
-    tensors: "cuda", or "cpu" if PyTorch has no CUDA. `loras` are those of requests.
+    tensors: "cuda", or "cpu" if PyTorch has no CUDA. `loras` and `controlnets` are those of requests.
     """
 
     execution: Execution
@@ -58,6 +59,7 @@ class Workshop:
     open_graph: Open = open_session
     builder: Sequence[str] = _BUILDER
     loras: LoraSettings | None = None
+    controlnets: ControlNets | None = None
 
 
 class TensorRTCandidate:
@@ -90,7 +92,16 @@ class TensorRTCandidate:
         make = self._maker(threads)
         with DEVICE_IN_USE:
             return assemble(
-                self._bundle, self._manifest, make, "tensorrt", shop.tensors, threads, shop.cache, shop.execution, shop.loras
+                self._bundle,
+                self._manifest,
+                make,
+                "tensorrt",
+                shop.tensors,
+                threads,
+                shop.cache,
+                shop.execution,
+                shop.loras,
+                shop.controlnets,
             )
 
     def trials(self) -> Sequence[Request]:
@@ -194,6 +205,7 @@ class RunnerCache:
 
     def __init__(self) -> None:
         self._runners: WeakValueDictionary[tuple[Path, str], Runner] = WeakValueDictionary()
+        self._makes: dict[Path, Make] = {}
 
     def keep(self, make: Make) -> Make:
         """Wraps `make` to remember its runners."""
@@ -201,13 +213,18 @@ class RunnerCache:
         def kept(name: str, graph: Path) -> Runner:
             runner = make(name, graph)
             self._runners[bundle_of(name, graph), name] = runner
+            self._makes[bundle_of(name, graph)] = make
             return runner
 
         return kept
 
     def make(self, name: str, graph: Path) -> Runner:
-        """The remembered runner of the component `name` of the same bundle, made from `graph` or its fused variant."""
-        runner = self._runners.get((bundle_of(name, graph), name))
+        """The remembered runner of the component `name` of the same bundle, made from `graph` or its fused variant. A control
+        graph is opened when it is first needed, which may be now."""
+        bundle = bundle_of(name, graph)
+        runner = self._runners.get((bundle, name))
+        if runner is None and name.endswith(CONTROL_RUNNER) and bundle in self._makes:
+            return self.keep(self._makes[bundle])(name, graph)
         if runner is None:
             raise BundleError(f"{graph} was not opened before")
         return runner
@@ -219,6 +236,7 @@ def candidates(
     cache: Cache,
     runner_cache: RunnerCache,
     loras: LoraSettings | None = None,
+    controlnets: ControlNets | None = None,
 ) -> list[TensorRTCandidate]:
     """TensorRT candidates of the models that it could run faster; empty if TensorRT or `execution` rules them out."""
     if execution.provider not in ("auto", "tensorrt") or execution.buckets == ():
@@ -229,7 +247,9 @@ def candidates(
     except BundleError:
         return []
     engines = EngineCache(execution.cache or default_root())
-    workshop = Workshop(execution, machine(), engines, cache, runner_cache.make, cuda.tensor_device(), loras=loras)
+    workshop = Workshop(
+        execution, machine(), engines, cache, runner_cache.make, cuda.tensor_device(), loras=loras, controlnets=controlnets
+    )
     found = []
     for model in filter(_could_be_faster, models):
         assert model.bundle is not None, "a loaded model has a folder"

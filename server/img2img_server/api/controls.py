@@ -1,0 +1,107 @@
+"""The control images of a request: checked, their ControlNets found, and the images read at the result's size."""
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+
+from img2img.v1 import image_to_image_pb2 as pb
+
+from img2img_server.bundle.controls import FAMILY
+from img2img_server.codecs.jobs import LoadImage
+from img2img_server.codecs.pool import Codecs
+from img2img_server.engine.request import ControlUse
+from img2img_server.errors import InvalidField
+from img2img_server.images import ImageLimits, SizeRule
+from img2img_server.models.registry import Model
+from img2img_server.sources.reading import Sources
+from img2img_server.support.call import current
+
+MOST_CONTROLS = 4
+MAX_SCALE = 10.0
+_NUMBERS = ("scale", "start", "end")
+
+Lease = Callable[[], Awaitable[Sequence[Model]]]
+"""Loads the ControlNets of a request, in order, and keeps them in memory until it has ended."""
+
+
+def check_controls(message: pb.TransformRequest, sources: Sources) -> None:
+    """Checks the fields of a message's controls, at most MOST_CONTROLS (request_fields.py), without reading images. Raises
+    InvalidField, or NotSupported for images that cannot be read."""
+    for index, control in enumerate(message.controls):
+        field = f"controls[{index}]"
+        if not control.HasField("model") or control.model == pb.ModelReference():
+            raise InvalidField(f"{field}.model", f"no model is named: set one of the family {FAMILY}, as ListModels lists them")
+        sources.check(control.image, f"{field}.image")
+        scale, start, end = numbers_of(control)
+        if not (math.isfinite(scale) and abs(scale) <= MAX_SCALE):
+            raise InvalidField(f"{field}.scale", f"{scale:g} is not in {-MAX_SCALE:g} to {MAX_SCALE:g}")
+        if not 0 <= start < 1:
+            raise InvalidField(f"{field}.start", f"{start:g} is not in 0 to 1, below 1")
+        if not start < end <= 1:
+            raise InvalidField(f"{field}.end", f"{end:g} is not above start ({start:g}) and up to 1")
+
+
+def numbers_of(control: pb.Control) -> tuple[float, float, float]:
+    """The scale, start and end of a control, with defaults."""
+    return (
+        control.scale if control.HasField("scale") else 1.0,
+        control.start if control.HasField("start") else 0.0,
+        control.end if control.HasField("end") else 1.0,
+    )
+
+
+def controls_from(text: str) -> list[pb.Control]:
+    """Parses "ID", "ID:SCALE", "ID:SCALE:START" or "ID:SCALE:START:END", several separated by commas; images are given elsewhere.
+
+    Raises InvalidField for an empty id.
+    """
+    controls = []
+    for part in text.split(",") if text.strip() else ():
+        name, numbers = part.strip(), list[float]()
+        while len(numbers) < len(_NUMBERS) and (found := _last_number(name)) is not None:
+            name, number = found
+            numbers.insert(0, number)
+        if not name:
+            raise InvalidField("controls", "an id is empty: write ID:SCALE, separated by commas")
+        control = pb.Control(model=pb.ModelReference(path=name))
+        for field, number in zip(_NUMBERS, numbers, strict=False):
+            setattr(control, field, number)
+        controls.append(control)
+    return controls
+
+
+def _last_number(text: str) -> tuple[str, float] | None:
+    """The text before the last colon, and the number after it; None if it is not one."""
+    before, colon, last = text.rpartition(":")
+    try:
+        return (before, float(last)) if colon else None
+    except ValueError:
+        return None
+
+
+def check_controlnet(model: Model, field: str) -> None:
+    """Raises InvalidField, naming `field`, if a model is not a ControlNet."""
+    if model.manifest is not None and not model.is_controlnet:
+        raise InvalidField(field, f"model '{model.id}' is not a ControlNet, but of the family {model.manifest.family}")
+
+
+class Controls:
+    """Reads the control images of requests."""
+
+    def __init__(self, sources: Sources, codecs: Codecs, limits: ImageLimits) -> None:
+        self._sources, self._codecs, self._limits = sources, codecs, limits
+
+    async def read(
+        self, controls: Sequence[pb.Control], nets: Sequence[Model], size: tuple[int, int], multiple: int
+    ) -> tuple[ControlUse, ...]:
+        """Reads the images of checked controls one after the other, resized to `size` as diffusers does. `nets` are their
+        ControlNets. Raises InvalidField, or an error of reading sources and images."""
+        found = []
+        for index, (control, net) in enumerate(zip(controls, nets, strict=True)):
+            field, data = await self._sources.read(control.image, f"controls[{index}].image")
+            load = LoadImage(field, self._limits, SizeRule(*size), multiple, "PNG")
+            with self._codecs.memory.hold(current(), 0 if control.image.WhichOneof("source") == "data" else len(data)):
+                image, digest, _ = await self._codecs.load(data, load)
+            scale, start, end = numbers_of(control)
+            bundle = "" if net.manifest is None else net.manifest.digest
+            found.append(ControlUse(net.id, image, scale, start, end, bundle, digest))
+        return tuple(found)

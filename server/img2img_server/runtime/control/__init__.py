@@ -1,0 +1,1 @@
+"""ControlNets: models whose residuals other models' requests add to their UNet."""

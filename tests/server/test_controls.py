@@ -1,0 +1,407 @@
+"""Requests with control images, in one batch with others: images as diffusers' ControlNet pipelines draw them, to 1/255."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+)
+from fakes import Clock, FakePipeline, make_request
+from img2img.v1 import image_to_image_pb2 as pb
+from img2img_client import Client, Control, InvalidRequest, ModelNotFound, NotSupported, read_provenance
+from img2img_export.verify.images import sample_image
+from img2img_server.api.controls import check_controls
+from img2img_server.assets.store import AssetStore
+from img2img_server.backends.local import local
+from img2img_server.bundle.lora_files import LoraFiles
+from img2img_server.bundle.manifest import read_manifest
+from img2img_server.config import ServerConfig
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import ControlUse, LoraUse, Mask, Plan, Request, run_alone
+from img2img_server.errors import InvalidField
+from img2img_server.images import ImageLimits
+from img2img_server.runtime.control.nets import ControlNet, ControlNets
+from img2img_server.runtime.diffusion.stepped import SteppedPipeline
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.lora.adapters import LoraSettings
+from img2img_server.sources.reading import Sources
+from lora_making import make, write_diffusers
+from PIL import Image, ImageOps
+from running import running_backend
+
+Get = Callable[[str], Path]
+Mix = tuple[tuple[str, float, float, float], ...]
+"""The controls of a request: the ControlNet's letter, scale, start and end."""
+
+SETTINGS: dict[str, Any] = {"prompt": "a lake", "strength": 0.8, "num_inference_steps": 4, "guidance_scale": 5.0}
+MIXES: tuple[Mix, ...] = (
+    (),
+    (("a", 1.0, 0.0, 1.0),),
+    (("b", 0.6, 0.0, 1.0),),
+    (("a", 1.0, 0.0, 0.5),),
+    (("b", -0.5, 0.3, 1.0),),
+    (("a", 0.8, 0.0, 1.0), ("b", 0.7, 0.4, 1.0)),
+    (("b", 0.5, 0.0, 1.0), ("a", 0.5, 0.0, 1.0), ("b", 0.3, 0.0, 1.0)),
+    (),
+)
+CLASSES = {
+    "sd1": (StableDiffusionControlNetImg2ImgPipeline, StableDiffusionControlNetInpaintPipeline),
+    "sdxl": (StableDiffusionXLControlNetImg2ImgPipeline, StableDiffusionXLControlNetInpaintPipeline),
+}
+
+
+def image_of(letter: str) -> Image.Image:
+    """A control image of each ControlNet."""
+    image = sample_image(64, 64)
+    return ImageOps.invert(image) if letter == "a" else image.transpose(Image.Transpose.ROTATE_90)
+
+
+def controls(mix: Mix) -> tuple[ControlUse, ...]:
+    return tuple(ControlUse(letter, image_of(letter), scale, start, end) for letter, scale, start, end in mix)
+
+
+def requests(mixes: Sequence[Mix] = MIXES, **changes: Any) -> list[Request]:
+    settings = {"negative_prompt": None, "image": sample_image(64, 64), **SETTINGS, **changes}
+    return [make_request(seeds=(5 + index,), controls=controls(mix), **settings) for index, mix in enumerate(mixes)]
+
+
+def load(bundle: Path, nets: ControlNets | None, **more: Any) -> SteppedPipeline:
+    pipeline = load_pipeline(bundle, read_manifest(bundle), Execution("cpu"), Cache(2**24), controlnets=nets, **more)
+    assert isinstance(pipeline, SteppedPipeline)
+    return pipeline
+
+
+@pytest.fixture
+def nets(control_bundle: Get, tmp_path: Path) -> Callable[[str], ControlNets]:
+    """The ControlNets "a" and "b" of a tiny model."""
+
+    def load_nets(name: str) -> ControlNets:
+        nets = ControlNets()
+        for letter in ("a", "b"):
+            link = tmp_path / letter
+            link.symlink_to(control_bundle(f"{name}-{letter}"))
+            assert isinstance(load_pipeline(link, read_manifest(link), Execution("cpu"), controlnets=nets), ControlNet)
+        return nets
+
+    return load_nets
+
+
+def together(pipeline: SteppedPipeline, batch: Sequence[Request]) -> list[np.ndarray]:
+    """The images of requests that share every call."""
+    states = list(pipeline.prepare(batch))
+    while states[0].step < states[0].step_count:
+        pipeline.advance(states, pipeline.denoise(states))
+    return [np.asarray(images[0], int) for images in pipeline.finish(states)]
+
+
+def alone(pipeline: SteppedPipeline, request: Request) -> np.ndarray:
+    return np.asarray(run_alone(pipeline, request)[0], int)
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_model: Get, tiny_controlnet: Get) -> Callable[..., np.ndarray]:
+    """diffusers' own image, with a mask if one is given."""
+    models: dict[str, Any] = {}
+
+    def model(name: str) -> Any:
+        if name not in models:
+            models[name] = ControlNetModel.from_pretrained(tiny_controlnet(name))
+        return models[name]
+
+    def draw(name: str, mix: Mix, seed: int, mask: Image.Image | None = None) -> np.ndarray:
+        kind = CLASSES[name][mask is not None]
+        # Without controls, one whose scale is 0 gives the image of the plain pipeline.
+        mix = mix or (("a", 0.0, 0.0, 1.0),)
+        parts = [model(f"{name}-{letter}") for letter, *_ in mix]
+        pipe = kind.from_pretrained(tiny_model(name), controlnet=parts if len(parts) > 1 else parts[0], safety_checker=None)
+        pipe.set_progress_bar_config(disable=True)
+        images, scales, starts, ends = (
+            list(values) if len(mix) > 1 else values[0]
+            for values in zip(*((image_of(letter), *numbers) for letter, *numbers in mix), strict=True)
+        )
+        settings = SETTINGS if mask is None else {**SETTINGS, "mask_image": mask, "width": 64, "height": 64}
+        drawn = pipe(
+            image=sample_image(64, 64),
+            control_image=images,
+            controlnet_conditioning_scale=scales,
+            control_guidance_start=starts,
+            control_guidance_end=ends,
+            generator=torch.Generator().manual_seed(seed),
+            **settings,
+        )
+        return np.asarray(drawn.images[0], int)
+
+    return draw
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_mixed_batch_matches_diffusers(
+    name: str, bundle: Get, nets: Callable[[str], ControlNets], oracle: Callable[..., np.ndarray]
+) -> None:
+    """And what each request draws alone, bit by bit. Requests without controls draw what a pipeline without ControlNets draws."""
+    pipeline, plain = load(bundle(name), nets(name)), load(bundle(name), None)
+    batch = requests()
+    drawn = together(pipeline, batch)
+    for index, (request, image) in enumerate(zip(batch, drawn, strict=True)):
+        assert np.abs(image - oracle(name, MIXES[index], 5 + index)).max() <= 1, MIXES[index]
+        assert np.array_equal(image, alone(pipeline, request)), MIXES[index]
+        without = alone(plain, dataclasses.replace(request, controls=()))
+        assert np.array_equal(image, without) == (not request.controls), MIXES[index]
+        assert not request.controls or np.abs(image - without).mean() > 3, "a control that changes nothing would prove nothing"
+
+
+def test_controls_of_masked_requests_match_diffusers(
+    bundle: Get, nets: Callable[[str], ControlNets], oracle: Callable[..., np.ndarray]
+) -> None:
+    pipeline = load(bundle("sd1"), nets("sd1"))
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (20, 8, 60, 48))
+    batch = [dataclasses.replace(request, mask=Mask(mask, paste=False)) for request in requests(MIXES[:4])]
+    for index, image in enumerate(together(pipeline, batch)):
+        assert np.abs(image - oracle("sd1", MIXES[index], 5 + index, mask)).max() <= 1, MIXES[index]
+
+
+def test_requests_with_controls_loras_both_and_none_share_calls(
+    bundle: Get, nets: Callable[[str], ControlNets], tiny_model: Get, tiny_controlnet: Get, tmp_path: Path
+) -> None:
+    """Each draws the same bits in any company. What both together draw is what diffusers draws."""
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    pairs = make(tiny_model("sd1"), 1, ("to_q", "to_v", "ff.net.2"), (8,))
+    write_diffusers({module: (0.3 * down, 0.3 * up) for module, (down, up) in pairs.items()}, folder / "style.safetensors")
+    settings = LoraSettings(LoraFiles(folder), Cache(2**28), 8)
+    pipeline = load(bundle("sd1"), nets("sd1"), loras=settings)
+    style = (LoraUse("style", 1.0, LoraFiles(folder).find("style").digest),)
+    plain, controlled = (dataclasses.replace(request, seeds=(5,)) for request in requests(MIXES[:2]))
+    batch = [plain, controlled, dataclasses.replace(plain, loras=style), dataclasses.replace(controlled, loras=style)]
+    drawn = together(pipeline, batch)
+    for request, image in zip(batch, drawn, strict=True):
+        assert np.array_equal(image, alone(pipeline, request))
+    assert np.array_equal(drawn[0], alone(load(bundle("sd1"), None), plain))
+    model = ControlNetModel.from_pretrained(tiny_controlnet("sd1-a"))
+    pipe = StableDiffusionControlNetImg2ImgPipeline.from_pretrained(tiny_model("sd1"), controlnet=model, safety_checker=None)
+    pipe.load_lora_weights(folder, weight_name="style.safetensors")
+    pipe.set_progress_bar_config(disable=True)
+    given = {"image": sample_image(64, 64), "control_image": image_of("a"), "controlnet_conditioning_scale": 1.0}
+    expected = pipe(**given, generator=torch.Generator().manual_seed(5), **SETTINGS).images[0]
+    assert np.abs(drawn[3] - np.asarray(expected, int)).max() <= 1
+    assert np.abs(drawn[3] - drawn[1]).mean() > 1
+    assert np.abs(drawn[3] - drawn[2]).mean() > 1
+
+
+class Counted:
+    """A runner that counts the rows of its calls."""
+
+    def __init__(self, runner: Any) -> None:
+        self.inputs, self.outputs, self._runner = runner.inputs, runner.outputs, runner
+        self.rows: list[int] = []
+
+    def run(self, feed: Any) -> Any:
+        self.rows.append(len(feed["sample"]))
+        return self._runner.run(feed)
+
+
+def counted(pipeline: SteppedPipeline) -> tuple[Counted, Counted]:
+    """Counts the denoiser's calls of the plain graph and of the control graph."""
+    denoiser = pipeline._denoiser
+    pipeline.plan(requests([MIXES[1]])[0])
+    denoiser._graph._runner = Counted(denoiser._graph._runner)
+    denoiser.control.opened._runner = Counted(denoiser.control.opened._runner)
+    return denoiser._graph._runner, denoiser.control.opened._runner
+
+
+def test_one_call_serves_rows_with_and_without_controls_and_each_controlnet_is_called_once(
+    bundle: Get, nets: Callable[[str], ControlNets]
+) -> None:
+    """The plain graph runs in steps in which no control applies: PNDM makes 4 calls at these settings."""
+    known = nets("sd1")
+    pipeline = load(bundle("sd1"), known)
+    plain, control = counted(pipeline)
+    called = {letter: Counted(known.get(letter)._graph._runner) for letter in ("a", "b")}
+    for letter, runner in called.items():
+        known.get(letter)._graph._runner = runner
+    together(pipeline, requests([(), ()]))
+    assert (plain.rows, control.rows) == ([4] * 4, [])
+    together(pipeline, requests([(), MIXES[3], MIXES[5]]))
+    assert (plain.rows, control.rows) == ([4] * 4, [6] * 4)
+    # MIXES[3] has "a" in the first half; MIXES[5] has "a" always, and "b" from 0.4 on.
+    assert {letter: runner.rows for letter, runner in called.items()} == {"a": [4, 4, 2, 2], "b": [2, 2]}
+    alone(pipeline, requests([MIXES[3]])[0])
+    assert (plain.rows[4:], control.rows[4:]) == ([2, 2], [2, 2])
+
+
+def test_rows_without_controls_stay_in_the_plain_graph_if_the_graphs_have_other_providers(
+    bundle: Get, nets: Callable[[str], ControlNets]
+) -> None:
+    pipeline = load(bundle("sd1"), nets("sd1"))
+    batch = requests([MIXES[1], (), MIXES[2]])
+    expected = together(pipeline, batch)
+    plain, control = counted(pipeline)
+    pipeline._denoiser.control.mixes = False
+    assert all(np.array_equal(*pair) for pair in zip(together(pipeline, batch), expected, strict=True))
+    assert (plain.rows, control.rows) == ([2] * 4, [4] * 4)
+
+
+def test_a_controlnet_of_another_family_is_refused(bundle: Get, nets: Callable[[str], ControlNets]) -> None:
+    pipeline = load(bundle("sdxl"), nets("sd1"))
+    with pytest.raises(InvalidField, match=r"^controls\[0\]\.model: ControlNet 'a' does not fit this model: it is for another"):
+        pipeline.plan(requests([MIXES[1]])[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("lcm", "it is of the family latent-consistency, for which there are no ControlNets"),
+        ("sd-inpaint", "it is of the family stable-diffusion-inpainting, for which"),
+        ("sd3", "it is of the family stable-diffusion-3, for which"),
+    ],
+)
+def test_models_without_controlnets_refuse_controls(name: str, reason: str, bundle: Get) -> None:
+    with pytest.raises(InvalidField, match=f"^controls: this model takes no controls: {reason}"):
+        load(bundle(name), ControlNets()).plan(requests([MIXES[1]])[0])
+
+
+class Doubling(FakePipeline):
+    """Its steps take twice as long for requests with controls, as it plans."""
+
+    def plan(self, request: Request) -> Plan:
+        return dataclasses.replace(super().plan(request), work=2.0 if request.controls else 1.0)
+
+
+def test_the_time_of_controls_counts_for_the_requests_that_have_them() -> None:
+    """For their forecasts, and not for those of others."""
+    clock, seconds = Clock(), [2.0]
+    engine = Engine({"m": Doubling(clock, lambda rows: seconds[0])}, clock=clock)
+    plain = make_request(model="m", num_inference_steps=4, strength=1.0, seeds=(1,))
+    controlled = dataclasses.replace(plain, controls=controls(MIXES[1]))
+    engine.submit(controlled, lambda event: None)
+    while engine.step():
+        pass
+    etas = []
+    for request in (plain, controlled):
+        accepted = engine.submit(request, lambda event: None)
+        etas.append(accepted.eta)
+        accepted.ticket.cancel()
+        while engine.step():
+            pass
+    assert etas == pytest.approx([4.0, 8.0], rel=0.05)
+
+
+def test_a_plan_counts_the_work_of_its_controls(bundle: Get, nets: Callable[[str], ControlNets]) -> None:
+    pipeline = load(bundle("sd1"), nets("sd1"))
+    none, one, half = (pipeline.plan(request).work for request in (*requests(MIXES[:2]), *requests(MIXES[3:4])))
+    assert none == 1
+    assert 1.3 < one < 1.7  # the weights of an encoder, in proportion to the UNet's
+    assert half - 1 == pytest.approx((one - 1) / 2)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory, bundle: Get, control_bundle: Get) -> Iterator[Client]:
+    """A server of two models and their ControlNets, of which only the default model is loaded at start."""
+    models = tmp_path_factory.mktemp("models")
+    for name in ("sd1", "sdxl", "lcm"):
+        (models / name).symlink_to(bundle(name))
+    for name, found in (("a", "sd1-a"), ("b", "sd1-b"), ("a-xl", "sdxl-a")):
+        (models / name).symlink_to(control_bundle(found))
+    settings = {"models": models, "default_model": "sd1", "execution": Execution("cpu")}
+    with running_backend(local, **settings) as server, Client(f"localhost:{server.port}", timeout=120) as client:
+        yield client
+
+
+def test_requests_with_other_controls_share_a_server(client: Client, oracle: Callable[..., np.ndarray]) -> None:
+    def ask(index: int) -> np.ndarray:
+        wanted = [Control(letter, image_of(letter), *numbers) for letter, *numbers in MIXES[index]]
+        result = client.transform(sample_image(64, 64), seed=5 + index, controls=wanted, **SETTINGS)
+        record = read_provenance(result.images[0].data) or {}
+        kept = [(use["model"], use["scale"], use["start"], use["end"]) for use in record.get("controls", [])]
+        assert kept == list(MIXES[index])
+        return np.asarray(result.images[0].image, int)
+
+    with ThreadPoolExecutor(len(MIXES)) as pool:
+        for index, image in enumerate(pool.map(ask, range(len(MIXES)))):
+            assert np.abs(image - oracle("sd1", MIXES[index], 5 + index)).max() <= 1, MIXES[index]
+
+
+def test_a_control_image_is_resized_to_the_result(client: Client) -> None:
+    """As diffusers resizes it, and whatever way it is sent."""
+    large = image_of("a").resize((100, 150), Image.Resampling.NEAREST)
+    by_server, by_client = (
+        client.transform(sample_image(64, 64), seed=1, width=64, height=96, controls=[Control("a", image)], **SETTINGS).images[0]
+        for image in (large, large.resize((64, 96), Image.Resampling.LANCZOS))
+    )
+    assert by_server.image.size == (64, 96)
+    assert np.array_equal(np.asarray(by_server.image), np.asarray(by_client.image))
+
+
+def test_models_list_which_take_controls(client: Client) -> None:
+    models = {model.id: model for model in client.models()}
+    assert {name for name, model in models.items() if model.family == "controlnet"} == {"a", "b", "a-xl"}
+    client.transform(sample_image(64, 64), controls=[Control("a", image_of("a"))], **SETTINGS)
+    models = {model.id: model for model in client.models()}
+    assert models["sd1"].takes("controls")
+    field = models["sd1"].field("controls")
+    assert field is not None
+    assert field.max_count == 4
+    assert models["a"].state == "ready"
+    assert models["a"].fields == ()
+    assert models["a"].memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("control", "field", "reason"),
+    [
+        ({"scale": 11.0}, r"controls\[0\]\.scale", "11 is not in -10 to 10"),
+        ({"scale": math.nan}, r"controls\[0\]\.scale", "nan is not in"),
+        ({"start": 1.0}, r"controls\[0\]\.start", "1 is not in 0 to 1, below 1"),
+        ({"start": -0.1}, r"controls\[0\]\.start", "-0.1 is not in 0 to 1"),
+        ({"end": 1.1}, r"controls\[0\]\.end", r"1.1 is not above start \(0\) and up to 1"),
+        ({"start": 0.5, "end": 0.5}, r"controls\[0\]\.end", r"0.5 is not above start \(0.5\)"),
+        ({"model": "sdxl"}, r"controls\[0\]\.model", "model 'sdxl' is not a ControlNet, but of the family stable-diffusion-xl"),
+        ({"model": "a-xl"}, r"controls\[0\]\.model", "ControlNet 'a-xl' does not fit this model"),
+        ({"model": ""}, r"controls\[0\]\.model", "no model is named: set one of the family controlnet"),
+        ({"image": b"no image"}, r"controls\[0\]\.image\.data", ""),
+        ({"image": "https://example.org/a.png"}, r"controls\[0\]\.image", ""),
+    ],
+)
+def test_an_invalid_field_of_a_control_is_named(control: dict[str, Any], field: str, reason: str, client: Client) -> None:
+    with pytest.raises((InvalidRequest, NotSupported), match=f"{field}.*{reason}"):
+        client.transform(
+            sample_image(64, 64), controls=[Control(**{"model": "a", "image": image_of("a"), **control})], **SETTINGS
+        )
+
+
+def test_what_does_not_go_together_is_refused_by_name(client: Client) -> None:
+    control = Control("a", image_of("a"))
+    with pytest.raises(InvalidRequest, match=r"^controls: this model takes no controls: it needs a control graph"):
+        client.transform(sample_image(64, 64), model="lcm", controls=[control], **SETTINGS)
+    with pytest.raises(InvalidRequest, match=r"^controls: there are 5, the maximum of this server is 4"):
+        client.transform(sample_image(64, 64), controls=[control] * 5, **SETTINGS)
+    with pytest.raises(InvalidRequest, match=r"^model: 'a' is a ControlNet, which other models' requests name in controls"):
+        client.transform(sample_image(64, 64), model="a", **SETTINGS)
+    with pytest.raises(ModelNotFound, match=r"controls\[1\]\.model: no model matches path 'none'"):
+        client.transform(sample_image(64, 64), controls=[control, Control("none", image_of("a"))], **SETTINGS)
+    missing = pb.TransformRequest(controls=[pb.Control(model=pb.ModelReference(path="a"))])
+    with pytest.raises(InvalidField, match=r"^controls\[0\]\.image: "):
+        check_controls(missing, Sources(ServerConfig(Path()).sources, AssetStore(ServerConfig(Path()).assets), ImageLimits()))
+
+
+def test_a_request_loads_its_controlnet_again(client: Client) -> None:
+    control = Control("b", image_of("b"))
+    first = client.transform(sample_image(64, 64), seed=3, controls=[control], **SETTINGS).images[0]
+    client.unload_model("b")
+    assert next(model for model in client.models() if model.id == "b").state == "unloaded"
+    again = client.transform(sample_image(64, 64), seed=3, controls=[control], **SETTINGS).images[0]
+    assert first.data == again.data
