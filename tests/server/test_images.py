@@ -244,6 +244,23 @@ def test_results_are_encoded_in_the_requested_format(file_format: images.WriteFo
     assert (difference.max() == 0) == exact
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 5), (17, 9), (5, 256), (4, 257), (3, 700)])
+def test_png_has_the_pixels_for_any_number_of_rows(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    data = images.encode(Image.fromarray(pixels), "PNG", 90)
+    with Image.open(io.BytesIO(data)) as opened:
+        opened.verify()
+    with Image.open(io.BytesIO(data)) as opened:
+        assert np.array_equal(np.asarray(opened), pixels)
+
+
+def test_png_is_about_as_small_as_pillows() -> None:
+    photo = Image.blend(Image.linear_gradient("L"), Image.effect_noise((256, 256), 40), 0.3).convert("RGB")
+    usual = io.BytesIO()
+    photo.save(usual, "PNG", compress_level=1)
+    assert len(images.encode(photo, "PNG", 90)) < 1.1 * len(usual.getvalue())
+
+
 def test_lower_quality_makes_files_smaller() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     for file_format in ("JPEG", "WEBP"):
