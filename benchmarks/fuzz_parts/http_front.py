@@ -86,7 +86,7 @@ class Transport(asyncio.Transport):
 class Transforms:
     """In place of ImageToImageService: the request is looked at, and answered with the image that it brought."""
 
-    async def transform(self, request: Any, context: Any, accept: Callable[[Any], object], **_: Any) -> Any:
+    async def transform(self, request: Any, context: Any, accept: Callable[[Any], object], reading: Any = None) -> Any:
         """The result of a request."""
         from img2img_server.engine.interface import Accepted
         from img2img_server.engine.request import Ticket
@@ -96,7 +96,7 @@ class Transforms:
         accept(Accepted(Ticket.__new__(Ticket), 0, None))
         return _result(request)
 
-    async def TransformStream(self, request: Any, context: Any, **_: Any) -> Any:
+    async def TransformStream(self, request: Any, context: Any, reading: Any = None) -> Any:
         """The events of a request."""
         from img2img.v1 import image_to_image_pb2 as pb
 

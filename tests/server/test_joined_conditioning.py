@@ -15,17 +15,17 @@ def state(number: int, rows: int) -> Any:
         "text_embeds": torch.full((rows, 4), float(-number)),
         "time_ids": torch.full((rows, 6), number, dtype=torch.int64),
     }
-    return SimpleNamespace(number=number, conditioning=conditioning)
+    return SimpleNamespace(number=number, next_conditioning=conditioning, has_two=True)
 
 
 @pytest.mark.parametrize("rows", [(1,), (2, 1), (1, 4, 2)])
 def test_joined_rows_keep_the_order_of_the_states(rows: tuple[int, ...]) -> None:
     states = [state(number, count) for number, count in enumerate(rows)]
     joined = JoinedConditioning().get(states)
-    assert joined.keys() == states[0].conditioning.keys()
+    assert joined.keys() == states[0].next_conditioning.keys()
     for name, tensor in joined.items():
-        assert torch.equal(tensor, torch.cat([each.conditioning[name] for each in states])), name
-        assert tensor.dtype == states[0].conditioning[name].dtype
+        assert torch.equal(tensor, torch.cat([each.next_conditioning[name] for each in states])), name
+        assert tensor.dtype == states[0].next_conditioning[name].dtype
 
 
 def test_conditioning_is_joined_once_per_list_of_states() -> None:

@@ -378,7 +378,7 @@ def odd(model: Path, how: str, path: Path) -> None:
     if how == "kernel":
         pairs = {module: (down[:, :, :2], up) for module, (down, up) in make(model, 1, ("resnets.0.conv1",), (4,)).items()}
     elif how == "conv":
-        pairs["unet.down_blocks.0.attentions.0.no_such"] = (down.reshape(*down.shape[:2], 1, 1).expand(-1, -1, 3, 3), up)
+        pairs["unet.down_blocks.0.attentions.0.no_such"] = (down.reshape(*down.shape[:2], 1, 1).expand(-1, -1, 3, 3), up.clone())
     elif how == "layer":
         pairs["unet.down_blocks.0.attentions.0.no_such"] = (down.clone(), up.clone())
     elif how == "width":

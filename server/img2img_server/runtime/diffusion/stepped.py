@@ -159,12 +159,7 @@ class SteppedPipeline(ABC):
         if isinstance(self._controls, ModelControls) and not self._controls.shares_calls:
             controlled = [bool(state.applying) for state in states]
             if len(set(controlled)) > 1:
-                parts = {kind: [state for state in states if bool(state.applying) == kind] for kind in (False, True)}
-                noises = {kind: iter(self._denoise(part)) for kind, part in parts.items()}
-                return [next(noises[kind]) for kind in controlled]
-        return self._denoise(states)
-
-    def _denoise(self, states: Sequence[DiffusionState]) -> Sequence[Noise]:
+                return self._denoise_apart(states, controlled)
         samples = [sample for state in states for sample in [state.unscaled()] * (2 if state.has_two else 1)]
         joined_samples = torch.cat(samples)
         self._numbers = numbers = StepNumbers.of(states, joined_samples.device)
@@ -180,6 +175,12 @@ class SteppedPipeline(ABC):
             else:
                 (predicted,) = self._predict(**inputs, **residuals)
         return split_noise(states, self._noise(predicted, joined_samples))
+
+    def _denoise_apart(self, states: Sequence[DiffusionState], controlled: Sequence[bool]) -> Sequence[Noise]:
+        """Calls the denoiser once for the states with controls, and once for the others."""
+        parts = {kind: [state for state, own in zip(states, controlled, strict=True) if own == kind] for kind in (False, True)}
+        noises = {kind: iter(self.denoise(part)) for kind, part in parts.items()}
+        return [next(noises[kind]) for kind in controlled]
 
     @property
     def slot_bytes(self) -> int:
