@@ -13,7 +13,7 @@ from img2img_export.read.checkpoint import Layout
 from img2img_export.read.layout_checks import own_class, refuse_configurations
 from img2img_server.runtime.common.processors import loadable
 
-CONTROLLED = r"this pipeline \(\w+\) needs a control image \(control_image\), which requests cannot carry yet"
+CONTROLLED = r"this pipeline \(\w+\) needs a control image \(control_image\), which img2img does not support for this class"
 OF_ITS_OWN = r"this pipeline \(\w+\) is a model with a ControlNet, which becomes a bundle of its own: export the plain model"
 REFUSED = {
     "StableDiffusionControlNetPipeline": OF_ITS_OWN,

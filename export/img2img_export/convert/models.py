@@ -169,7 +169,7 @@ def _refuse_unservable(name: str) -> None:
                     "model and the ControlNet's directory, and name the ControlNet in requests (controls)"
                 )
             raise ExportError(
-                f"this pipeline ({name}) needs {what} ({parameter}), which requests cannot carry yet: "
+                f"this pipeline ({name}) needs {what} ({parameter}), which img2img does not support for this class: "
                 "export the plain model that it was made from"
             )
     if "layers" in parameters:
