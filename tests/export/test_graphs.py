@@ -102,6 +102,9 @@ def test_every_comparison_was_made_and_passed(name: str, bundle: Get) -> None:
     assert {part.component for part in verification.components} == graphs
     for graph in graphs:
         cases = [part.case for part in verification.components if part.component == graph]
+        controlled = [case for case in cases if ", residuals" in case]
+        assert len(controlled) == (2 if name in STABLE_DIFFUSION and graph == "unet" else 0), "without and with LoRAs"
+        cases = [case for case in cases if case not in controlled]
         with_loras = [case for case in cases if case.endswith(", LoRAs")]
         adapted = name in STABLE_DIFFUSION and (graph == "unet" or graph.startswith("text_encoder"))
         assert len(with_loras) == (2 if adapted else 0), "one real, one random"
