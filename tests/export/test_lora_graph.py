@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from covering import nightly_but
 from img2img_export.build import export_model
 from img2img_export.component import FUSED
 from img2img_export.convert import lora_graph
@@ -35,7 +36,7 @@ def test_unets_and_text_encoders_have_verified_lora_graphs(name: str, bundle: Ge
     assert len(graphs) >= 2
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev", "klein", "kontext", "qwenimage", "zimage"])
+@pytest.mark.parametrize("name", nightly_but(["sd3", "flux-dev", "klein", "kontext", "qwenimage", "zimage"], "sd3", "klein"))
 def test_transformers_have_verified_lora_graphs_with_and_without_fused_attention(name: str, bundle: Get) -> None:
     """A T5 has none, and neither has Kontext's CLIP, which runs in PyTorch."""
     manifest = read_manifest(bundle(name))
@@ -109,7 +110,7 @@ def test_rows_without_a_lora_equal_the_plain_graph_bitwise(rank: int, bundle: Ge
         assert np.array_equal(lora.run(None, {**alone, **matrices(RANKS[-1]), INDEX: index[row : row + 1]})[0][0], found[row])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", nightly_but(["fp32", "fp16", "bf16"], "fp32"))
 def test_both_graphs_share_one_file_of_weights(precision: str, tiny_model: Get, tmp_path: Path) -> None:
     with cut_short():
         exported = {

@@ -250,6 +250,7 @@ def test_unet_and_decoder_are_static_int8_except_for_listed_layers(tiny_model: C
     assert read_manifest(tmp_path / "out") == manifest
 
 
+@pytest.mark.nightly  # test_a_smaller_budget_keeps_the_most_sensitive_layers_in_fp32 always runs
 def test_failing_images_reduce_the_quantization_budget(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

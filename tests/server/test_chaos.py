@@ -85,6 +85,7 @@ def test_each_request_ends_once_with_its_image_if_the_server_is_killed_under_loa
     assert "UNAVAILABLE" in retried, "the kills met requests in progress"
 
 
+@pytest.mark.nightly
 def test_kill_during_uploads_tears_no_asset(store: Path, tmp_path: Path) -> None:
     """Acknowledged assets are complete; others are complete or absent."""
     assets = tmp_path / "assets"
