@@ -46,9 +46,14 @@ class LightLatentConsistency:
     def encode_prompt(self, prompt: Sequence[str], *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
         """The text encoder's output [n, T, D] for n prompts."""
         encoder = self.components["text_encoder"]
-        ids, mask = self.components["tokenizer"].padded(prompt)
+        ids, mask = self._tokens("tokenizer", prompt)
         outputs = encoder.outputs(ids, mask if encoder.config.get("use_attention_mask") else None)
         return next(iter(outputs.values())), None  # type: ignore[return-value]
+
+    def _tokens(self, tokenizer: str, prompt: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask [n, T] on the device, where the encoder's output is, too."""
+        ids, mask = self.components[tokenizer].padded(prompt)
+        return ids.to(self.device), mask.to(self.device)
 
     def get_timesteps(self, num_inference_steps: int, strength: float, device: Any) -> tuple[torch.Tensor, int]:
         """The scheduler's timesteps that run at this strength, and their number. Sets its first step."""
@@ -119,9 +124,9 @@ class LightStableDiffusionXL(LightLatentConsistency):
         """The text encoders' hidden states [n, T, D1 + D2], and the pooled output [n, P] of the last that has one."""
         hidden, pooled = [], None
         for suffix in ("", "_2"):
-            if (tokenizer := self.components["tokenizer" + suffix]) is None:
+            if self.components["tokenizer" + suffix] is None:
                 continue
-            ids, _ = tokenizer.padded(prompt)
+            ids = self._tokens("tokenizer" + suffix, prompt)[0]
             outputs = self.components["text_encoder" + suffix].outputs(ids)
             first = next(iter(outputs.values()))
             if pooled is None and first.ndim == 2:
