@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionXLControlNetImg2ImgPipeline,
     StableDiffusionXLControlNetInpaintPipeline,
 )
+from drawing import alone, together
 from fakes import Clock, FakePipeline, make_request
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img_client import Client, Control, InvalidRequest, ModelNotFound, NotSupported, read_provenance
@@ -29,7 +30,7 @@ from img2img_server.bundle.manifest import read_manifest
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import ControlUse, LoraUse, Mask, Plan, Request, run_alone
+from img2img_server.engine.request import ControlUse, LoraUse, Mask, Plan, Request
 from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits
 from img2img_server.runtime.control.nets import ControlNet, ControlNets
@@ -97,18 +98,6 @@ def nets(control_bundle: Get, tmp_path: Path) -> Callable[[str], ControlNets]:
         return nets
 
     return load_nets
-
-
-def together(pipeline: SteppedPipeline, batch: Sequence[Request]) -> list[np.ndarray]:
-    """The images of requests that share every call."""
-    states = list(pipeline.prepare(batch))
-    while states[0].step < states[0].step_count:
-        pipeline.advance(states, pipeline.denoise(states))
-    return [np.asarray(images[0], int) for images in pipeline.finish(states)]
-
-
-def alone(pipeline: SteppedPipeline, request: Request) -> np.ndarray:
-    return np.asarray(run_alone(pipeline, request)[0], int)
 
 
 @pytest.fixture(scope="module")

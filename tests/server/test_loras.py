@@ -17,6 +17,7 @@ import pytest
 import torch
 from covering import nightly_but
 from diffusers import AutoPipelineForImage2Image
+from drawing import alone, together
 from fakes import FakePipeline, make_request
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img_client import Client, InvalidRequest, read_provenance
@@ -28,7 +29,7 @@ from img2img_server.config import LoraFolder
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.interface import Span
-from img2img_server.engine.request import Completed, Event, Failed, LoraUse, Pipeline, Request, run_alone
+from img2img_server.engine.request import Completed, Event, Failed, LoraUse, Request
 from img2img_server.errors import InvalidField
 from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
@@ -121,18 +122,6 @@ def uses(folder: Path, *loras: tuple[str, float]) -> tuple[LoraUse, ...]:
 def requests(folder: Path, mixes: Sequence[Loras] = MIXES, **changes: Any) -> list[Request]:
     settings = {"negative_prompt": None, "image": sample_image(64, 64), **SETTINGS, **changes}
     return [make_request(seeds=(5 + index,), loras=uses(folder, *mix), **settings) for index, mix in enumerate(mixes)]
-
-
-def together(pipeline: Pipeline, batch: Sequence[Request]) -> list[np.ndarray]:
-    """The images of requests that share every call."""
-    states = list(pipeline.prepare(batch))
-    while states[0].step < states[0].step_count:
-        pipeline.advance(states, pipeline.denoise(states))
-    return [np.asarray(images[0], int) for images in pipeline.finish(states)]
-
-
-def alone(pipeline: Pipeline, request: Request) -> np.ndarray:
-    return np.asarray(run_alone(pipeline, request)[0], int)
 
 
 @pytest.fixture(scope="module")
