@@ -1,6 +1,6 @@
 """The export of a ControlNet: a bundle of its own with one graph, which requests to other models name.
 
-Its graph is compared with PyTorch. There are no images to compare: those are the models' that it controls.
+Its graph is compared with PyTorch. No images are compared, since a ControlNet alone makes none.
 """
 
 import dataclasses

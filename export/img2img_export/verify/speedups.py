@@ -22,7 +22,7 @@ _LEAST_PSNR_DB = 25.0
 """Images that differ more are of no use: such a setting is given up at its first image below."""
 _LEAST_TIMES = 1.05
 _MOST = 8
-"""Settings that are kept at most: those that no other one beats in both times and PSNR."""
+"""The largest number of settings in a manifest."""
 _ANY = Fidelity(level=None, min_psnr_db=0.0)
 _FLAWLESS = 999.0
 
@@ -144,7 +144,8 @@ def _rounded_down(value: float, digits: int) -> float:
 
 
 def _best(found: Sequence[Speedup]) -> tuple[Speedup, ...]:
-    """Those that no other one beats, the fastest first; of many, those that differ most in their PSNR."""
+    """The settings that no other setting beats in both speed and PSNR, the fastest first, at most `_MOST`: settings whose
+    neighbors have nearly the same PSNR are dropped."""
     best: list[Speedup] = []
     for one in sorted(found, key=lambda one: (-one.times_faster, -one.psnr_db)):
         if one.times_faster >= _LEAST_TIMES and all(one.psnr_db > other.psnr_db for other in best):

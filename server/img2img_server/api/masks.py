@@ -9,8 +9,8 @@ from img2img_server.support.source_rule import MaskUse
 
 
 def mask_rule(message: pb.TransformRequest, fields: RequestFields, use: MaskUse, model: str, by_alpha: bool) -> MaskRule | None:
-    """What becomes of the message's mask before the model gets it; None if it has none. `fields` are those that the model takes,
-    `use` is its use of masks.
+    """How the message's mask is prepared for the model, or None if the message has no mask. `fields` are the model's request
+    fields, and `use` says whether it takes a mask.
 
     With `by_alpha` the mask's transparent areas are redrawn. Raises InvalidField for a mask that the model cannot use, a missing
     mask that it needs, and settings without a mask.

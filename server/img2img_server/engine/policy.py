@@ -24,8 +24,8 @@ class Job:
 
     `step_seconds` is the duration of a call with only its rows; `setup` and `ending` are the seconds before its first step and
     after its last; `passed_over` counts the calls since it last took part in one. `client` is "" if it has no client. If its
-    steps differ, `group`, `pixels`, `rows` and `step_seconds` are of the next one, and `steps_left` are as many like it as take
-    as long as those that are left.
+    steps differ, `group`, `pixels`, `rows` and `step_seconds` are of the next one, and `steps_left` is the remaining time in
+    units of that step.
     """
 
     number: int

@@ -413,8 +413,7 @@ class Scheduler:
         return None if known is None else known * ticket.plan.work
 
     def _alike_steps(self, ticket: Ticket, next_seconds: float) -> float:
-        """How many steps like the next one, of `next_seconds`, take as long as those that are left of a request whose steps
-        differ."""
+        """The remaining time of a request whose steps differ, in units of its next step, which takes `next_seconds`."""
         left, seconds = Counter(ticket.plan.calls[ticket.step :]), 0.0
         for call, count in left.items():
             each = self._step_seconds(ticket, call)
