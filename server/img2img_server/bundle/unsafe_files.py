@@ -140,7 +140,7 @@ def refuse_unsafe_parts(path: Path) -> None:
     """Raises BundleError if the weight index `path` lists other files than safetensors beside it. diffusers and transformers read
     any listed file, as a pickle, even if they may use only safetensors."""
     try:
-        parts = set(read_json(path)["weight_map"].values())
+        parts = dict.fromkeys(read_json(path)["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path} cannot be read as a weight index ({error!r}): download it again") from None
     for part in parts:

@@ -33,9 +33,11 @@ def request_fields(pipe: Any) -> ModelFields:
     A pipeline that edits has the guidance that its class has as the default; all others have the server's.
     """
     parameters = call_parameters(pipe)
-    names = {name for name in DEPENDENT if name in parameters} - _ignored(pipe)
+    ignored = _ignored(pipe)
     fields = {}
-    for name in names:
+    for name in DEPENDENT:
+        if name not in parameters or name in ignored:
+            continue
         is_own = name == "true_cfg_scale" or (name == "guidance_scale" and "strength" not in parameters)
         fields[name] = FieldRule(parameters[name].default if is_own else None)
     if type(pipe).__name__ in _SEVERAL:

@@ -49,10 +49,10 @@ class _Slots:
 
     def place(self, component: str, wanted: Iterable[Choice]) -> dict[Choice, int]:
         """The slot of each wanted choice, of which there are at most as many as slots. Evicts others if needed (LRU)."""
-        wanted = set(wanted)
-        for choice in wanted & self._held.keys():
+        wanted = dict.fromkeys(wanted)
+        for choice in [choice for choice in wanted if choice in self._held]:
             self._held.move_to_end(choice)
-        for choice in wanted - self._held.keys():
+        for choice in [choice for choice in wanted if choice not in self._held]:
             slot = self._free.pop() if self._free else self._held.popitem(last=False)[1]
             try:
                 self._fill(slot, component, choice)
@@ -168,7 +168,7 @@ class AdaptedGraph(Graph):
         }
         if not any(rows):
             return super().__call__(**own)
-        choices = {row for row in rows if row is not None}
+        choices = list(dict.fromkeys(row for row in rows if row is not None))
         ranks = [choice.ranks(self._component) for choice in choices]
         rank, kernel_rank = max(own.rank for own in ranks), max(own.kernel_rank for own in ranks)
         slots = self._slots_of(Ranks(_bucket(rank), _bucket(kernel_rank) if kernel_rank else 1))

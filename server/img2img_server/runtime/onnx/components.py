@@ -70,14 +70,14 @@ class Components:
         if kind is None or self.manifest.backend != "onnx":
             return None
         entries = {name: entry for name, entry in index.items() if name in kind.components_names and isinstance(entry, list)}
-        present = {name for name in entries if (self.bundle / name).is_dir() or name == "vae"}
+        present = [name for name in entries if (self.bundle / name).is_dir() or name == "vae"]
         tokenizers = {name: self._tokenizer(name, entries[name]) for name in present if name.startswith("tokenizer")}
-        models = present - {"scheduler", *tokenizers}
+        models = [name for name in present if name != "scheduler" and name not in tokenizers]
         required = {"vae", "unet", "scheduler", *(name.replace("tokenizer", "text_encoder") for name in tokenizers)}
         are_graphs = all(self._has_graph("vae_decoder" if name == "vae" else name) for name in models)
-        if not (are_graphs and tokenizers and all(tokenizers.values()) and required <= present):
+        if not (are_graphs and tokenizers and all(tokenizers.values()) and required <= set(present)):
             return None
-        others = {name: self._part(name, entries[name], light=True) for name in present - tokenizers.keys()}
+        others = {name: self._part(name, entries[name], light=True) for name in present if name not in tokenizers}
         settings = {name: index[name] for name in kind.settings if name in index}
         return kind({**tokenizers, **others}, settings, self.device)
 
