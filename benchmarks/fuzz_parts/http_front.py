@@ -37,6 +37,13 @@ def forms() -> list[bytes]:
             image="data:,", prompt="p", strength="0.5", num_inference_steps="3", guidance_scale="2.5", seed="7", scheduler="Euler"
         ),
         form(image=image, prompt="p", output_format="webp", output_compression="80", response_format="url", mask=image),
+        form(image=image, prompt="p", controls="a:0.5:0:0.5", control_image=image, loras="b:0.5", fidelity="fast"),
+        form(
+            image=image,
+            prompt="p",
+            controls='[{"model": "a", "image": "data:,", "scale": 2}, {"model": "b"}]',
+            control_image=image,
+        ),
     ]
 
 

@@ -1,6 +1,9 @@
 """Requests with control images, in one batch with others: images as diffusers' ControlNet pipelines draw them, to 1/255."""
 
+import base64
 import dataclasses
+import io
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +22,7 @@ from diffusers import (
 )
 from drawing import alone, together
 from fakes import Clock, FakePipeline, make_request
+from http_calls import EDITS, Field, ask, opened
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img_client import Client, Control, InvalidRequest, ModelNotFound, NotSupported, read_provenance
 from img2img_export.verify.images import sample_image
@@ -41,7 +45,7 @@ from img2img_server.runtime.lora.adapters import LoraSettings
 from img2img_server.sources.reading import Sources
 from lora_making import make, write_diffusers
 from PIL import Image, ImageOps
-from running import running_backend
+from running import RunningServer, running_backend
 
 Get = Callable[[str], Path]
 Mix = tuple[tuple[str, float, float, float], ...]
@@ -298,15 +302,21 @@ def test_a_plan_counts_the_work_of_its_controls(bundle: Get, nets: Callable[[str
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory, bundle: Get, control_bundle: Get) -> Iterator[Client]:
+def server(tmp_path_factory: pytest.TempPathFactory, bundle: Get, control_bundle: Get) -> Iterator[RunningServer]:
     """A server of two models and their ControlNets, of which only the default model is loaded at start."""
     models = tmp_path_factory.mktemp("models")
     for name in ("sd1", "sdxl", "lcm"):
         (models / name).symlink_to(bundle(name))
     for name, found in (("a", "sd1-a"), ("b", "sd1-b"), ("a-xl", "sdxl-a")):
         (models / name).symlink_to(control_bundle(found))
-    settings = {"models": models, "default_model": "sd1", "execution": Execution("cpu")}
-    with running_backend(local, **settings) as server, Client(f"localhost:{server.port}", timeout=120) as client:
+    settings = {"models": models, "default_model": "sd1", "execution": Execution("cpu"), "http_port": 0}
+    with running_backend(local, **settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> Iterator[Client]:
+    with Client(f"localhost:{server.port}", timeout=120) as client:
         yield client
 
 
@@ -322,6 +332,54 @@ def test_requests_with_other_controls_share_a_server(client: Client, oracle: Cal
     with ThreadPoolExecutor(len(MIXES)) as pool:
         for index, image in enumerate(pool.map(ask, range(len(MIXES)))):
             assert np.abs(image - oracle("sd1", MIXES[index], 5 + index)).max() <= 1, MIXES[index]
+
+
+def test_controls_over_http_draw_what_grpc_draws(server: RunningServer, client: Client) -> None:
+    """As a short text with files, and as JSON with addresses, files or both."""
+    mix = MIXES[5]
+    wanted = [Control(letter, image_of(letter), *numbers) for letter, *numbers in mix]
+    expected = client.transform(sample_image(64, 64), seed=5, controls=wanted, **SETTINGS).images[0].image
+    files = [png_of(image_of(letter)) for letter, *_ in mix]
+    addresses = [f"data:image/png;base64,{base64.b64encode(file).decode()}" for file in files]
+    listed: list[dict[str, Any]] = [dict(zip(("model", "scale", "start", "end"), one, strict=True)) for one in mix]
+    mixed = [{**listed[0], "image": addresses[0]}, listed[1]]
+    both = [{**one, "image": address} for one, address in zip(listed, addresses, strict=True)]
+    short = ",".join(":".join(map(str, one)) for one in mix)
+    sent: list[tuple[Field, ...]] = [
+        (("control_image[]", files[0]), ("controls", short), ("control_image[]", files[1])),
+        (("controls", short), *(("control_image", address) for address in addresses)),
+        (("controls", json.dumps(mixed)), ("control_image", files[1])),
+        (("controls", json.dumps(both)),),
+    ]
+    settings = [(name, str(value)) for name, value in {**SETTINGS, "seed": 5, "size": "source"}.items()]
+    for fields in sent:
+        answer = ask(server, EDITS, *settings, *fields, image=png_of(sample_image(64, 64)))
+        assert answer.status == 200, answer.body
+        assert np.array_equal(np.asarray(opened(answer.json["data"][0]["b64_json"])), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("control", "field"),
+    [
+        ({"start": 1}, "controls[0].start"),
+        ({"scale": 11}, "controls[0].scale"),
+        ({"image": "asset:none"}, "controls[0].image.uri"),
+        ({"image": "canny.png"}, "controls[0].image.uri"),
+        ({"model": "sdxl"}, "controls[0].model"),
+        ({"model": ""}, "controls[0].model"),
+    ],
+)
+def test_http_names_an_invalid_field_of_a_control(control: dict[str, Any], field: str, server: RunningServer) -> None:
+    file = base64.b64encode(png_of(image_of("a"))).decode()
+    sent = json.dumps([{"model": "a", "image": f"data:image/png;base64,{file}", **control}])
+    answer = ask(server, EDITS, ("prompt", "a lake"), ("controls", sent))
+    assert (answer.status, answer.error["param"]) == (400, field)
+
+
+def png_of(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def test_a_control_image_is_resized_to_the_result(client: Client) -> None:

@@ -270,7 +270,18 @@ WRONG = [
     (("loras", "[]"), "loras"),
     (("fidelity", "best"), "fidelity"),
     (("fidelity", "200dB"), "fidelity"),
-    (("controls", "[]"), "controls"),
+    (("controls", "canny"), "control_image"),
+    (("control_image", png()), "control_image"),
+    (("controls", "canny:0.5,"), "controls"),
+    (("controls", "[1"), "controls"),
+    (("controls", '{"model": "canny"}'), "controls"),
+    (("controls", "[1]"), "controls[0]"),
+    (("controls", '[{"net": "canny"}]'), "controls[0].net"),
+    (("controls", '[{"model": 1, "image": "asset:1"}]'), "controls[0].model"),
+    (("controls", '[{"model": "canny", "image": ["asset:1"]}]'), "controls[0].image"),
+    (("controls", '[{"model": "canny", "image": "asset:1", "scale": "much"}]'), "controls[0].scale"),
+    (("controls", '[{"model": "canny", "image": "asset:1", "start": true}]'), "controls[0].start"),
+    (("controls", '[{"model": "canny", "image": "asset:1", "start": 1}]'), "controls"),  # not of this model
     (("input_fidelity", "high"), "input_fidelity"),
     (("nonsense", "1"), "nonsense"),
     (("prompt", "another"), "prompt"),
@@ -364,7 +375,7 @@ def test_the_openapi_document_has_every_field_and_the_page_shows_it(server: Runn
     assert found == document()
     for path in (EDITS, VARIATIONS):
         schema = found["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-        assert schema["properties"].keys() == {"image", "mask", *(one.name for one in FIELDS)}
+        assert schema["properties"].keys() == {"image", "mask", "control_image", *(one.name for one in FIELDS)}
     page = get(server, "/docs")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     text = page.body.decode()

@@ -24,7 +24,7 @@ from test_docs import tree
 TEXT = (REPOSITORY / "docs" / "http.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 PROGRAMS = [block for language, block in BLOCKS if language == "python"]
-(CURL,) = (block for language, block in BLOCKS if block.startswith("curl "))
+CURL = next(block for language, block in BLOCKS if block.startswith("curl "))
 
 
 def rows(heading: str, table: int = 0) -> list[list[str]]:

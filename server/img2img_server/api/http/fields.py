@@ -8,6 +8,7 @@ from typing import Any
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server.api.fidelity import put_fidelity
+from img2img_server.api.http.controls import IMAGES, add_images, read_controls
 from img2img_server.api.http.forms import Part, shown
 from img2img_server.api.loras import loras_from
 from img2img_server.api.parsing import Reading
@@ -16,6 +17,8 @@ from img2img_server.errors import InvalidField
 from img2img_server.images import MAX_BLUR
 from img2img_server.sources.reading import begins_as_address
 
+_LISTS = ("image[]", f"{IMAGES}[]")
+"""Names of fields that may be sent more than once, as OpenAI's clients write them."""
 _WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
 _SIZE = re.compile(r"([0-9]{1,19})[xX]([0-9]{1,19})")
@@ -72,11 +75,14 @@ class FormField:
 
 def read(parts: Sequence[Part], variation: bool) -> Draft:
     """Reads a request from a form. A `variation` needs no prompt. Raises InvalidField for the first invalid field."""
-    draft, seen = Draft(), set[str]()
+    draft, seen, control_images = Draft(), set[str](), list[pb.ImageSource]()
     for part in parts:
-        name = "image" if part.name == "image[]" else part.name
+        name = part.name.removesuffix("[]") if part.name in _LISTS else part.name
         if name == "image":
             _put_source(draft.message.reference_images.add() if name in seen else draft.message.image, part)
+        elif name == IMAGES:
+            control_images.append(pb.ImageSource())
+            _put_source(control_images[-1], part)
         elif name == "mask":
             if name in seen:
                 raise InvalidField(name, "the field is set more than once")
@@ -88,6 +94,7 @@ def read(parts: Sequence[Part], variation: bool) -> Draft:
         else:
             raise InvalidField(shown(name), _UNSUPPORTED.get(name, "unknown field: /openapi.json lists the fields"))
         seen.add(name)
+    add_images(draft.message.controls, control_images)
     _fill(draft, variation)
     return draft
 
@@ -149,6 +156,10 @@ def _switch(draft: Draft, name: str, value: str) -> None:
 
 def _put_loras(draft: Draft, name: str, value: str) -> None:
     draft.message.loras.extend(loras_from(value))
+
+
+def _put_controls(draft: Draft, name: str, value: str) -> None:
+    draft.message.controls.extend(read_controls(value))
 
 
 def _put_fidelity(draft: Draft, name: str, value: str) -> None:
@@ -325,6 +336,15 @@ FIELDS = (
         True,
     ),
     FormField(
+        "controls",
+        _put_controls,
+        {"type": "string"},
+        "ControlNets of the server that the result follows: ID, ID:SCALE, ID:SCALE:START or ID:SCALE:START:END, several "
+        "separated by commas; or a JSON list of objects with model, image (an address), scale, start and end. The images of "
+        f"those without an address are sent as {IMAGES}. Default: none",
+        True,
+    ),
+    FormField(
         "fidelity",
         _put_fidelity,
         {"type": "string", "default": "exact"},
@@ -333,10 +353,9 @@ FIELDS = (
         True,
     ),
 )
-"""All fields except `image` and `mask`."""
+"""All fields except images: `image`, `mask` and `control_image`."""
 _BY_NAME = {one.name: one for one in FIELDS}
 _UNSUPPORTED = {
-    "controls": "controls are not supported by this server",
     "input_fidelity": "input_fidelity is not supported: set strength, which says how far to leave the source",
 }
 """Fields that are refused by name, with the reason."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from img2img_server.api.http.controls import IMAGES
 from img2img_server.api.http.exchange import EVENTS, JSON, TIMEOUT, Exchange
 from img2img_server.api.http.fields import FIELDS, FormField
 from img2img_server.support import distribution
@@ -22,6 +23,12 @@ _MASK_FIELD = {
     "type": "string",
     "format": "binary",
     "description": "The mask: a PNG or WebP file whose transparent areas are redrawn, or its address as text, like image",
+}
+_CONTROL_IMAGE_FIELD = {
+    "type": "string",
+    "format": "binary",
+    "description": "A control image for the field controls: a file, or its address as text. Repeat it, also as "
+    "control_image[], in the order of the controls that have no image (extension)",
 }
 _REQUEST_HEADERS = [
     (TIMEOUT, "Maximum duration of the request in seconds, such as 30. A deadline that cannot be met is refused (504)"),
@@ -126,7 +133,8 @@ def page() -> str:
 
 
 def _form(summary: str, required: list[str]) -> dict[str, Any]:
-    properties = {"image": _IMAGE_FIELD, "mask": _MASK_FIELD, **{one.name: _schema(one) for one in FIELDS}}
+    images = {"image": _IMAGE_FIELD, "mask": _MASK_FIELD, IMAGES: _CONTROL_IMAGE_FIELD}
+    properties = {**images, **{one.name: _schema(one) for one in FIELDS}}
     schema = {"type": "object", "required": required, "properties": properties}
     headers = [
         {"name": name, "in": "header", "description": text, "schema": {"type": "string"}} for name, text in _REQUEST_HEADERS
