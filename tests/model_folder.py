@@ -44,6 +44,13 @@ class LoadedPipeline(FakePipeline):
         super().__init__()
         self.name, self.bytes = name, size
         self.closed_by = ""
+        self.unopened_bytes = self.control_bytes = 0
+        self.controls_opened = 0
+
+    def open_control(self) -> None:
+        """Opens its control graph of `unopened_bytes` of weights, which takes `control_bytes`."""
+        self.controls_opened += 1
+        self.unopened_bytes, self.bytes = 0, self.bytes + self.control_bytes
 
     def close(self) -> None:
         self.closed_by = threading.current_thread().name

@@ -37,6 +37,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import ControlUse, LoraUse, Mask, Plan, Request
 from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits
+from img2img_server.models.memory import unopened
 from img2img_server.runtime.control.nets import ControlNet, ControlNets
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
@@ -299,6 +300,16 @@ def test_a_plan_counts_the_work_of_its_controls(bundle: Get, nets: Callable[[str
     assert none == 1
     assert 1.3 < one < 1.7  # the weights of an encoder, in proportion to the UNet's
     assert half - 1 == pytest.approx((one - 1) / 2)
+
+
+def test_weights_of_an_unopened_control_graph_are_known(bundle: Get, nets: Callable[[str], ControlNets]) -> None:
+    pipeline, none = load(bundle("sd1"), nets("sd1")), load(bundle("lcm"), None)
+    assert unopened(none) == 0
+    (unet,) = (part for part in read_manifest(bundle("sd1")).components if part.name == "unet")
+    assert unopened(pipeline) == unet.bytes > 0
+    pipeline.open_control()
+    assert unopened(pipeline) == 0
+    pipeline.close()
 
 
 @pytest.fixture(scope="module")

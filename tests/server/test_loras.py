@@ -31,6 +31,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.interface import Span
 from img2img_server.engine.request import Completed, Event, Failed, LoraUse, Request
 from img2img_server.errors import InvalidField
+from img2img_server.models.memory import least_slots
 from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
@@ -267,21 +268,30 @@ def test_the_plain_graph_runs_if_no_row_has_a_lora(bundle: Get, loras: Get) -> N
     assert (plain.rows, lora.rows) == ([4] * CALLS, [4] * CALLS)
 
 
+def slot_bytes_of(module: Any) -> int:
+    """The memory of two slots and the zeros at rank 16, in fp32, without LoRAs of 3 x 3 convolutions."""
+    (graph,) = module.graphs
+    return 3 * 4 * sum((1 if layer.taps > 1 else 16) * (layer.taps * layer.ins + layer.outs) for layer in graph.layers)
+
+
 def test_slots_count_in_the_memory_of_a_model_once_they_are_made(bundle: Get, loras: Get) -> None:
-    """And are made for each padded rank apart; those of 3 x 3 convolutions are hardly any if no LoRA adapts these."""
+    """And are made for each padded rank apart; those of 3 x 3 convolutions are hardly any if no LoRA adapts these. Those
+    of the least rank count in what the model is expected to take, from the start."""
     folder = loras("sd1")
     pipeline = load(bundle("sd1"), folder, slots=2)
-    model = Model("m", pipeline=pipeline, memory=1000)
-    assert (model.slot_memory, model.expected_memory) == (0, 1000)
+    least = least_slots(pipeline)
+    model = Model("m", pipeline=pipeline, memory=1000, slots=least)
+    assert (model.slot_memory, model.expected_memory) == (0, 1000 + least)
+    assert dataclasses.replace(model, pipeline=None).expected_memory == 1000 + least, "before it is loaded again"
+    of_text, of_unet = (slot_bytes_of(part) for part in (pipeline._pipe.text_encoder, pipeline._denoiser))
+    assert least == of_text + of_unet
     sizes = []
     for mix in ((("all", 1.0),), (("all", 0.5),), (("large", 1.0),), (("conv", 1.0),), (("text", 1.0),)):
         together(pipeline, requests(folder, [mix]))
         sizes.append(model.slot_memory)
     assert sizes[0] == sizes[1] < sizes[2] < sizes[3] < sizes[4], "rank 16, again, 64, convolutions, the text encoder"
-    (graph,) = pipeline._denoiser.graphs
-    values = sum((1 if layer.taps > 1 else 16) * (layer.taps * layer.ins + layer.outs) for layer in graph.layers)
-    assert sizes[0] == 3 * 4 * values, "of two slots and the zeros, in fp32"
-    assert model.expected_memory == 1000 + sizes[-1]
+    assert sizes[0] == of_unet
+    assert model.expected_memory == 1000 + sizes[-1] > 1000 + least
     pipeline.close()
     assert model.slot_memory == 0
 

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from img2img_server.errors import (
     ShuttingDown,
 )
 from img2img_server.models.downloads import EXPORTER
-from img2img_server.models.memory import estimate
+from img2img_server.models.memory import estimate, session_bytes
 from img2img_server.models.registry import Model, ModelRegistry, ModelState
 from img2img_server.support.call import Call, answering
-from model_folder import MB, Memory, Rig, make_bundle, rig
+from model_folder import MB, LoadedPipeline, Memory, Rig, make_bundle, rig
 
 READY, UNLOADED, LOADING, FAILED = ModelState.READY, ModelState.UNLOADED, ModelState.LOADING, ModelState.FAILED
 
@@ -442,6 +443,64 @@ def test_the_default_model_is_the_first_to_be_loaded(folder: Path) -> None:
     manifest = store.get("a").manifest
     assert manifest is not None
     assert store.get("a").expected_memory == estimate(manifest) > 100 * MB
+
+
+def control_of(rig: Rig, name: str, takes: int) -> LoadedPipeline:
+    """The pipeline of a model in memory, as one whose control graph is not open: 100 MB of weights, which take so many bytes."""
+    pipeline = rig.store.get(name).pipeline
+    assert isinstance(pipeline, LoadedPipeline)
+    pipeline.unopened_bytes, pipeline.control_bytes = 100 * MB, takes
+    return pipeline
+
+
+@pytest.mark.parametrize(("takes", "counts"), [(150, 150), (0, 170)], ids=["measured", "estimated"])
+async def test_control_graph_evicts_idle_models_for_its_memory(folder: Path, takes: int, counts: int) -> None:
+    """And counts in the model's. All requests that wait for it share one load, whoever leaves."""
+    async with rig(folder, memory=500 * MB) as it:
+        for name in ("a", "b"):
+            await use(it, name)
+        async with it.residency.using(named("a")):
+            pipeline = control_of(it, "a", takes * MB)
+            waiting = [asyncio.create_task(it.residency.open_control("a")) for _ in range(3)]
+            await asyncio.sleep(0)
+            waiting[0].cancel()
+            ends = await asyncio.gather(*waiting, return_exceptions=True)
+            assert [type(end) for end in ends] == [asyncio.CancelledError, type(None), type(None)]
+            await it.residency.open_control("a")
+        assert pipeline.controls_opened == 1
+        assert it.store.get("a").memory == (200 + counts) * MB
+        assert it.memory.names == ["a"], "both and the control graph would take more than 500 MB"
+        await use(it, "c")
+        assert it.memory.names == ["c"], "nor do they with another model"
+
+
+async def test_control_graph_without_memory_for_it_is_refused(folder: Path) -> None:
+    async with rig(folder, memory=500 * MB) as it:
+        async with it.residency.using(named("a")), it.residency.using(named("b")):
+            pipeline = control_of(it, "a", 150 * MB)
+            with pytest.raises(ModelMemoryFull, match="not enough memory for model 'a' now: it takes about 370"):
+                await it.residency.open_control("a")
+            pipeline.unopened_bytes = 200 * MB
+            with pytest.raises(
+                ModelUnavailable, match=r"'a' cannot run with controls: it takes about 540\.0 MB, and models_memory is 500\.0 MB"
+            ):
+                await it.residency.open_control("a")
+        assert (pipeline.controls_opened, it.store.get("a").state, it.store.get("a").detail) == (0, READY, "")
+        assert sorted(it.memory.names) == ["a", "b"]
+        pipeline.unopened_bytes = 100 * MB
+        await it.residency.open_control("a")
+        assert it.memory.names == ["a"]
+
+
+def test_the_estimate_counts_each_lora_graph(folder: Path) -> None:
+    """Whose session has its own copy of the weights, if the server has LoRAs."""
+    plain, adapted = (ModelRegistry.find_bundles(folder, Memory().load, loras=loras).get("a") for loras in (False, True))
+    assert adapted.expected_memory == plain.expected_memory, "the bundle has no LoRA graph"
+    assert adapted.manifest is not None
+    component = replace(adapted.manifest.components[0], lora="unet/lora.onnx")
+    manifest = replace(adapted.manifest, components=(component,), files={**adapted.manifest.files, "unet/lora.onnx": ""})
+    sizes = [replace(model, manifest=manifest).expected_memory for model in (plain, adapted)]
+    assert sizes == [plain.expected_memory, plain.expected_memory + session_bytes(100 * MB)]
 
 
 async def test_oversized_model_is_released_before_the_next_load(folder: Path) -> None:

@@ -188,12 +188,12 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
     ) -> ParsedRequest:
         """Parses a message. The model stays in memory until `lease` is closed."""
         model = await lease.enter_async_context(self._residency.using(reference_from(message.model)))
-        controlnets = partial(self._controlnets, message, lease)
+        controlnets = partial(self._controlnets, message, model, lease)
         return await self._parser.parse(message, model, context.time_remaining(), previews, reading, controlnets)
 
-    async def _controlnets(self, message: pb.TransformRequest, lease: AsyncExitStack) -> list[Model]:
-        """Loads the ControlNets of a message's controls, which stay in memory until `lease` is closed. Raises InvalidField and
-        the errors of finding and loading models, with the control's field."""
+    async def _controlnets(self, message: pb.TransformRequest, used: Model, lease: AsyncExitStack) -> list[Model]:
+        """Loads the ControlNets of a message's controls, which stay in memory until `lease` is closed, and opens the control
+        graph of the `used` model. Raises InvalidField and the errors of finding and loading models, with the control's field."""
         found = []
         for index, control in enumerate(message.controls):
             field, reference = f"controls[{index}].model", reference_from(control.model)
@@ -207,6 +207,8 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
                 raise ModelNotFound(f"{field}: {error}") from None
             check_controlnet(model, field)
             found.append(model)
+        if found:
+            await self._residency.open_control(used.id)
         return found
 
     async def _follow(

@@ -19,6 +19,11 @@ class Models(Protocol):
         """Keeps the model of `reference` usable within the block. Raises ServerError if the caller cannot use it."""
         ...
 
+    async def open_control(self, name: str) -> None:
+        """Opens the control graph of the model `name`, which the caller uses, if requests run in this process. Raises
+        ServerError."""
+        ...
+
     async def load(self, reference: Source) -> Model:
         """Loads a model and returns it."""
         ...

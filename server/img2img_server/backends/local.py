@@ -252,7 +252,14 @@ def local(config: ServerConfig) -> LocalBackend:
             bundle, manifest, config.execution, cache, keep=runner_cache.keep, loras=loras(), controlnets=controlnets
         )
 
-    models = ModelRegistry.find_bundles(config.models, load, config.default_model, config.allow_unverified, config.residency)
+    models = ModelRegistry.find_bundles(
+        config.models,
+        load,
+        config.default_model,
+        config.allow_unverified,
+        config.residency,
+        loras=config.loras.folder is not None,
+    )
 
     def load_models() -> ModelRegistry:
         begun = time.monotonic()

@@ -16,7 +16,7 @@ from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipe
 from img2img_server.engine.warmup import Size, WarmUp
 from img2img_server.errors import OutOfMemory, ShuttingDown
 from img2img_server.models.cost_store import CostStore
-from img2img_server.models.memory import Meter, Reading, in_words, let_go, measured
+from img2img_server.models.memory import Meter, Reading, estimate, in_words, least_slots, let_go, measured, unopened, weight_bytes
 from img2img_server.models.registry import Hung, ModelRegistry, Stage
 from img2img_server.support.device_lock import DEVICE_IN_USE
 from img2img_server.support.threads import in_thread
@@ -101,6 +101,18 @@ class ModelLoader:
         _log.info("model '%s': unloaded, %s freed", name, in_words(freed))
         return freed
 
+    async def open_control(self, name: str) -> None:
+        """Opens the control graph of the ready model `name`, and adds its memory to the model's. Raises BundleError."""
+        pipeline = self._models.get(name).pipeline
+        assert pipeline is not None, "a model in use is in memory"
+
+        def work() -> None:
+            with self._models.growing(name, self._meter, unopened(pipeline)):
+                pipeline.open_control()  # type: ignore[attr-defined]
+
+        await in_thread(work)
+        _log.info("model '%s': the control graph is open, %s", name, in_words(self._models.get(name).memory))
+
     async def read(self) -> Reading:
         """Measures the memory in use."""
         return await in_thread(self._meter.read)
@@ -125,9 +137,10 @@ class ModelLoader:
             self._engine.replace(name, pipeline)
             await in_thread(lambda: self._ready(name, pipeline))
             await self._try(name, pipeline)
-            memory = measured(before.grown_to(await self.read(), pipeline.engine), manifest)
+            grown = before.grown_to(await self.read(), pipeline.engine)
+            memory = measured(grown, weight_bytes(manifest), estimate(manifest, self._models.get(name).loras))
             self._arrived[name] = _Arrival(manifest, pipeline, memory)
-            self._models.change(name, manifest=manifest, memory=memory)
+            self._models.change(name, manifest=manifest, memory=memory, slots=least_slots(pipeline))
         except ShuttingDown:
             raise
         except Exception as error:  # noqa: BLE001 - any library's: only this model cannot be served

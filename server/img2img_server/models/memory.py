@@ -87,20 +87,34 @@ def weight_bytes(manifest: Manifest) -> int:
     return sum(component.bytes for component in manifest.components)
 
 
-def estimate(manifest: Manifest) -> int:
-    """The estimated memory of a model in bytes, before its first load."""
-    return int(weight_bytes(manifest) * _FACTOR) + _FIXED
+def session_bytes(weights: int) -> int:
+    """The estimated memory of a graph with so many bytes of weights: each session has its own copy of them."""
+    return int(weights * _FACTOR)
 
 
-def measured(grown: int | None, manifest: Manifest) -> int:
-    """The memory of a model in bytes, from the growth while it was loaded.
+def estimate(manifest: Manifest, loras: bool = False) -> int:
+    """The estimated memory of a model in bytes, before its first load; with `loras` its LoRA graphs are opened, too."""
+    adapted = sum(component.bytes for component in manifest.components if loras and component.lora in manifest.files)
+    return session_bytes(weight_bytes(manifest) + adapted) + _FIXED
+
+
+def measured(grown: int | None, weights: int, estimated: int) -> int:
+    """The memory in bytes of what has so many bytes of `weights`, from the growth while it was loaded.
 
     If memory was freed meanwhile, the growth is too small. A growth below half of the weights (an fp32 bundle in bfloat16) is not
     plausible, so the estimate is used instead.
     """
-    if grown is None or grown < weight_bytes(manifest) // 2:
-        return estimate(manifest)
-    return max(grown, 1)
+    return estimated if grown is None or grown < weights // 2 else max(grown, 1)
+
+
+def least_slots(pipeline: Pipeline) -> int:
+    """The memory in bytes of a pipeline's slots for LoRAs of the least padded rank, made or not; 0 if it takes none."""
+    return int(getattr(pipeline, "least_slot_bytes", 0))
+
+
+def unopened(pipeline: Pipeline) -> int:
+    """The bytes of weights of a pipeline's control graph if the graph is not open yet; 0 without one."""
+    return int(getattr(pipeline, "unopened_bytes", 0))
 
 
 def bound_arenas() -> None:

@@ -16,7 +16,16 @@ from img2img_server.bundle.manifest import Manifest, Source, read_manifest
 from img2img_server.config import PRELOAD_WORDS, ModelSettings
 from img2img_server.engine.request import Pipeline
 from img2img_server.errors import BundleError, InvalidField, ModelNotFound, OutOfMemory, PermissionDenied
-from img2img_server.models.memory import Meter, ProcessMeter, estimate, in_words, measured
+from img2img_server.models.memory import (
+    Meter,
+    ProcessMeter,
+    estimate,
+    in_words,
+    least_slots,
+    measured,
+    session_bytes,
+    weight_bytes,
+)
 from img2img_server.models.repository import BundleRepository, Load, bundle_id
 
 _log = logging.getLogger(__name__)
@@ -105,7 +114,8 @@ class Model:
 
     `bundle` is its folder. `engines` are its candidates and promoted engines. `loading` is set while it is loaded or exported.
     `memory` is its size in memory in bytes, now or when it was last loaded, 0 if unknown. `detail` says to callers what is being
-    done, or why it is not ready.
+    done, or why it is not ready. `slots` is the memory of its least slots for LoRAs when it was last loaded. With `loras` its
+    LoRA graphs are opened, too.
     """
 
     id: str
@@ -117,6 +127,8 @@ class Model:
     loading: bool = False
     memory: int = 0
     detail: str = ""
+    slots: int = 0
+    loras: bool = False
 
     @property
     def state(self) -> ModelState:
@@ -134,8 +146,13 @@ class Model:
 
     @property
     def expected_memory(self) -> int:
-        """Its measured or estimated memory in bytes; 0 if unknown."""
-        return (self.memory or (estimate(self.manifest) if self.manifest is not None else 0)) + self.slot_memory
+        """Its measured or estimated memory in bytes, with the slots for LoRAs that it will need; 0 if unknown."""
+        return (self.memory or self.estimated_memory) + max(self.slot_memory, self.slots)
+
+    @property
+    def estimated_memory(self) -> int:
+        """Its memory in bytes by the sizes of its weights; 0 if they are unknown."""
+        return 0 if self.manifest is None else estimate(self.manifest, self.loras)
 
     @property
     def slot_memory(self) -> int:
@@ -149,11 +166,18 @@ class ModelRegistry:
     A request without a reference means the default model, or the only one at start, apart from ControlNets.
 
     `folder` is the folder of bundles, None if
-    the models have no bundles.
+    the models have no bundles. With `loras` the LoRA graphs of its bundles are opened, too.
     """
 
-    def __init__(self, models: Iterable[Model], default: str | None = None, folder: BundleRepository | None = None) -> None:
+    def __init__(
+        self,
+        models: Iterable[Model],
+        default: str | None = None,
+        folder: BundleRepository | None = None,
+        loras: bool = False,
+    ) -> None:
         self._lock = threading.Lock()
+        self._loras = loras
         # Never changed, always replaced, so readers need no lock.
         self._models = _by_id(models)
         own = [model.id for model in self._models.values() if not model.is_controlnet]
@@ -172,6 +196,7 @@ class ModelRegistry:
         default: str | None = None,
         allow_unverified: bool = False,
         settings: ModelSettings | None = None,
+        loras: bool = False,
     ) -> "ModelRegistry":
         """A registry of all bundles in `folder`, or of `folder` itself if it is a bundle. Reads manifests and loads nothing.
 
@@ -183,13 +208,13 @@ class ModelRegistry:
         bundles = BundleRepository(folder, load, allow_unverified)
         if settings.allow_downloads and bundles.is_bundle:
             raise BundleError(f"{folder} is a bundle: downloads need a folder of bundles")
-        models = [_read(bundle) for bundle in bundles.bundles()]
+        models = [_read(bundle, loras) for bundle in bundles.bundles()]
         for entry, reason in bundles.others():
             _log.warning("%s is not served: it is %s", entry, reason)
         if not models and not settings.allow_downloads:
             made = f"make one with `img2img export MODEL --output {folder / 'NAME'}`"
             raise BundleError(f"models: {folder} has no bundle: {made}")
-        store = cls(models, default, bundles)
+        store = cls(models, default, bundles, loras)
         _chosen(settings.preload, store._models, store.default)
         store.check_any(settings)
         return store
@@ -279,8 +304,9 @@ class ModelRegistry:
         found = None if self.folder is None else self.folder.find(name)
         if found is None:
             return False
-        read = _read(found)
-        self.change(name, manifest=read.manifest, problem=read.problem, detail=read.detail, bundle=found, loading=False)
+        read = _read(found, self._loras)
+        values = {"problem": read.problem, "detail": read.detail, "bundle": found, "loading": False, "loras": read.loras}
+        self.change(name, manifest=read.manifest, **values)
         _log.info("model '%s' was found", name)
         return True
 
@@ -296,14 +322,16 @@ class ModelRegistry:
         return {model.id: model.pipeline for model in self if model.pipeline is not None}
 
     @contextmanager
-    def growing(self, name: str, meter: Meter | None = None) -> Iterator[None]:
-        """Adds the growth of memory within the block to the memory of the ready model `name`."""
+    def growing(self, name: str, meter: Meter | None = None, weights: int = 0) -> Iterator[None]:
+        """Adds the growth of memory within the block, which loads so many bytes of `weights`, to the memory of the ready model
+        `name`."""
         meter, model = meter or ProcessMeter(), self._models[name]
         before = meter.read()
         yield
         if model.pipeline is not None and model.memory:
             grown = before.grown_to(meter.read(), model.pipeline.engine)
-            self.change(name, memory=model.memory + max(0, grown or 0))
+            more = measured(grown, weights, session_bytes(weights)) if weights else max(0, grown or 0)
+            self.change(name, memory=model.memory + more)
 
     def preload(self, settings: ModelSettings, meter: Meter | None = None) -> None:
         """Loads the models in `settings.preload` that fit into memory. A model that fails is listed with its problem. Raises
@@ -313,7 +341,7 @@ class ModelRegistry:
             model = self._models[name]
             if model.manifest is None:
                 continue
-            used, on_gpu = sum(other.memory + other.slot_memory for other in self), meter.read()
+            used, on_gpu = sum(other.expected_memory for other in self if other.pipeline is not None), meter.read()
             bound = settings.memory
             # Bounded by the GPU's free memory, except for the first model: the estimate may be too high.
             if used and on_gpu.gpu_free is not None and (bound is None or used + on_gpu.gpu_free < bound):
@@ -338,8 +366,10 @@ class ModelRegistry:
         except BaseException as error:  # noqa: BLE001 - any library's, also Rust's panics: the other models are served
             self.fail(model.id, Stage.LOADING, error)
             return
-        memory = measured(before.grown_to(meter.read(), pipeline.engine), manifest)
-        self.change(model.id, manifest=manifest, pipeline=pipeline, memory=memory, problem="", detail="")
+        grown = before.grown_to(meter.read(), pipeline.engine)
+        memory = measured(grown, weight_bytes(manifest), estimate(manifest, model.loras))
+        values = {"memory": memory, "slots": least_slots(pipeline), "problem": "", "detail": ""}
+        self.change(model.id, manifest=manifest, pipeline=pipeline, **values)
         seconds = time.monotonic() - begun
         _log.info("model '%s': loaded in %.1f s on %s, %s", model.id, seconds, pipeline.engine, in_words(memory))
 
@@ -376,15 +406,15 @@ def _by_id(models: Iterable[Model]) -> dict[str, Model]:
     return found
 
 
-def _read(bundle: Path) -> Model:
+def _read(bundle: Path, loras: bool) -> Model:
     """Reads a bundle's manifest."""
     name = bundle_id(bundle)
     try:
-        return Model(name, read_manifest(bundle), bundle=bundle)
+        return Model(name, read_manifest(bundle), bundle=bundle, loras=loras)
     except BundleError as error:
         failure = Failure.of(error, Stage.READING, bundle)
         _log.error("model '%s' cannot be served: %s", name, failure.problem)
-        return Model(name, problem=failure.problem, bundle=bundle, detail=failure.detail)
+        return Model(name, problem=failure.problem, bundle=bundle, detail=failure.detail, loras=loras)
 
 
 def _agrees(model: Model, wanted: Source) -> bool:

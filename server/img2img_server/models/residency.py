@@ -29,7 +29,7 @@ from img2img_server.errors import (
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.downloads import EXPORTER, Backoff, Downloads
 from img2img_server.models.loader import ModelLoader
-from img2img_server.models.memory import Meter, ProcessMeter, in_words, weight_bytes
+from img2img_server.models.memory import Meter, ProcessMeter, in_words, session_bytes, unopened, weight_bytes
 from img2img_server.models.registry import WHY, Model, ModelRegistry, ModelState
 from img2img_server.support.call import current
 from img2img_server.support.threads import in_thread
@@ -104,7 +104,8 @@ class _Place:
     """A model's slot: its users, its waiting callers, and the tasks that load or unload it.
 
     `used` is the number of its last use, counted over all models. `idle` is set while there are no `leases`. `loading` returns
-    the error of a failed load, `leaving` the freed bytes; they are None if no such task runs.
+    the error of a failed load, `leaving` the freed bytes, and `extending` opens its control graph; they are None if no such task
+    runs.
     """
 
     leases: int = 0
@@ -113,6 +114,7 @@ class _Place:
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     loading: "asyncio.Task[ServerError | None] | None" = None
     leaving: "asyncio.Task[int] | None" = None
+    extending: "asyncio.Task[ServerError | None] | None" = None
     failures: Backoff = field(default_factory=Backoff)
 
     def __post_init__(self) -> None:
@@ -205,11 +207,36 @@ class Residency:
             place.leaving = asyncio.create_task(self._leave(name, place))
         return await asyncio.shield(place.leaving)
 
+    async def open_control(self, name: str) -> None:
+        """Opens the control graph of the model `name`, of which the caller has a lease, if it is not open. Evicts idle models for
+        its memory before. A cancelled wait does not cancel it. Raises ModelUnavailable, ModelMemoryFull or BundleError."""
+        place, pipeline = self._places[name], self._models.get(name).pipeline
+        while pipeline is not None and unopened(pipeline):
+            if place.extending is None:
+                place.extending = asyncio.create_task(self._extend(name, place, unopened(pipeline)))
+            if (error := await asyncio.shield(place.extending)) is not None:
+                raise error
+
+    async def _extend(self, name: str, place: _Place, weights: int) -> ServerError | None:
+        """The task that opens a control graph with so many bytes of weights. Returns its error, or None."""
+        try:
+            async with self._one_at_a_time:
+                if self._models.get(name).pipeline is not None:  # else its callers have left, and so has the model
+                    await self._make_room(name, session_bytes(weights))
+                    await self._make_room_on_gpu(name, session_bytes(weights))
+                    await self._loader.open_control(name)
+        except ServerError as error:
+            return error
+        finally:
+            place.extending = None
+        return None
+
     async def close(self) -> None:
         """Cancels loads and exports. The thread that loads a pipeline cannot be cancelled and is abandoned."""
         self._closing = True
         await self._resolver.close()
-        tasks = [task for place in self._places.values() for task in (place.loading, place.leaving) if task is not None]
+        places = self._places.values()
+        tasks = [task for place in places for task in (place.loading, place.leaving, place.extending) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -285,10 +312,10 @@ class Residency:
         """The error for callers of a model that failed."""
         return ModelUnavailable(f"model '{name}' cannot be served: {self._models.get(name).detail or WHY}{then}")
 
-    async def _make_room_on_gpu(self, name: str) -> None:
-        """Evicts idle models (LRU) until the GPU has enough memory for the model `name`, by estimate. If no other model can be
-        evicted, it is loaded all the same: the estimate may be too high."""
-        needed = self._models.get(name).expected_memory
+    async def _make_room_on_gpu(self, name: str, more: int = 0) -> None:
+        """Evicts idle models (LRU) until the GPU has enough memory for the model `name`, by estimate, or for `more` bytes of it.
+        If no other model can be evicted, it is loaded all the same: the estimate may be too high."""
+        needed = more or self._models.get(name).expected_memory
         while (free := (await self._loader.read()).gpu_free) is not None and needed > free:
             if not await self._evict_for(name):
                 return
@@ -306,18 +333,22 @@ class Residency:
         await asyncio.shield(place.leaving)
         return True
 
-    async def _make_room(self, name: str) -> None:
-        """Evicts idle models (LRU) until the model `name` fits. Raises ModelUnavailable or ModelMemoryFull."""
-        budget, needed = self._settings.memory, self._models.get(name).expected_memory
+    async def _make_room(self, name: str, more: int = 0) -> None:
+        """Evicts idle models (LRU) until the model `name` fits, with `more` bytes if it is loaded. Raises ModelUnavailable or
+        ModelMemoryFull."""
+        budget, needed = self._settings.memory, self._models.get(name).expected_memory + more
         if budget is None:
             return
         if needed > budget:
             detail = f"it takes about {in_words(needed)}, and models_memory is {in_words(budget)}"
+            if more:
+                raise ModelUnavailable(f"model '{name}' cannot run with controls: {detail}")
             self._models.change(name, detail=detail)
             raise ModelUnavailable(f"model '{name}' cannot be loaded: {detail}")
         while (used := sum(model.expected_memory for model in self._others(name))) + needed > budget:
             if not await self._evict_for(name):
-                self._models.change(name, detail="")
+                if not more:
+                    self._models.change(name, detail="")
                 wait = max(1.0, self._engine.stats.work_seconds or 0.0)
                 detail = f"takes about {in_words(needed)}, and {in_words(used)} of {in_words(budget)} are in use"
                 raise ModelMemoryFull(f"not enough memory for model '{name}' now: it {detail}", retry_after=wait)

@@ -127,6 +127,8 @@ class Replica:
                     model = await lease.enter_async_context(using(Source(path=request.model)))
                     for control in request.controls:
                         await lease.enter_async_context(using(Source(path=control.model)))
+                    if request.controls:
+                        await self._backend.residency.open_control(model.id)
                     assert model.pipeline is not None, "a model in use is in memory"
                     # Slow for the first request with a scheduler and number of steps.
                     await asyncio.to_thread(model.pipeline.plan, request)

@@ -188,6 +188,9 @@ class RemoteModels:
             model = self._roster.update(await self._ask("bring", ModelQuery(current(), reference, name)))
         yield model
 
+    async def open_control(self, name: str) -> None:
+        """Does nothing: the replica that runs the request does it."""
+
     async def load(self, reference: Source) -> Model:
         """Loads a model on one replica, which may download it, and then on all. Raises the error of the first, or an error of
         the others if all fail."""

@@ -43,7 +43,7 @@ from img2img_server.runtime.diffusion.state import (
     split_noise,
 )
 from img2img_server.runtime.lora.adapters import TEXT_ENCODERS, Choice, ModelLoras, NoLoras, for_texts
-from img2img_server.runtime.lora.graph import adapting, slot_bytes
+from img2img_server.runtime.lora.graph import adapting, least_slot_bytes, slot_bytes
 from img2img_server.runtime.onnx.modules import close_graphs
 from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCache
 from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, step_arguments
@@ -186,6 +186,21 @@ class SteppedPipeline(ABC):
     def slot_bytes(self) -> int:
         """The memory of the slots for LoRAs, which are made when a call first needs their ranks. Any thread may read it."""
         return slot_bytes(self._pipe)
+
+    @property
+    def least_slot_bytes(self) -> int:
+        """The memory of the slots of the least padded ranks, which the first request with a LoRA makes."""
+        return least_slot_bytes(self._pipe)
+
+    @property
+    def unopened_bytes(self) -> int:
+        """The bytes of weights of the control graph, if there is one that is not open. Any thread may read it."""
+        control = getattr(self._denoiser, "control", None)
+        return 0 if control is None or control.opened is not None else control.bytes
+
+    def open_control(self) -> None:
+        """Opens the control graph, which is slow. Raises BundleError."""
+        self._denoiser.control.get()
 
     def _keep_features(
         self, states: Sequence[DiffusionState], keepers: Sequence[DiffusionState], inputs: dict[str, Any]

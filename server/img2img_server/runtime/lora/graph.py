@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,12 +31,9 @@ class _Slots:
     ) -> None:
         self._layers = layers
         self._ranks = ranks
-        self.tensors: dict[str, torch.Tensor] = {}
-        for layer in layers:
-            rank = self._rank(layer)
-            shapes = {layer.down_input: layer.down_shape(count + 1, rank), layer.up_input: layer.up_shape(count + 1, rank)}
-            for name, shape in shapes.items():
-                self.tensors[name] = torch.zeros(shape, dtype=types[name], device=device)
+        self.tensors = {
+            name: torch.zeros(shape, dtype=types[name], device=device) for name, shape in _shapes(layers, ranks, count).items()
+        }
         self._held: OrderedDict[Choice, int] = OrderedDict()
         self._free = list(range(count, 0, -1))
 
@@ -43,9 +41,6 @@ class _Slots:
     def bytes(self) -> int:
         """Their size in memory."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def _rank(self, layer: AdaptedLayer) -> int:
-        return self._ranks.kernel_rank if layer.taps > 1 else self._ranks.rank
 
     def place(self, component: str, wanted: Iterable[Choice]) -> dict[Choice, int]:
         """The slot of each wanted choice, of which there are at most as many as slots. Evicts others if needed (LRU)."""
@@ -65,7 +60,7 @@ class _Slots:
     def _fill(self, slot: int, component: str, choice: Choice) -> None:
         """Writes the matrices of the choice's LoRAs side by side, with the scales in `up`."""
         for layer in self._layers:
-            rank, taps = self._rank(layer), layer.taps
+            rank, taps = _rank(layer, self._ranks), layer.taps
             down, up = torch.zeros(rank * taps, layer.ins), torch.zeros(layer.outs, rank)
             start = 0
             for adapter, (_, scale) in zip(choice.adapters, choice.key, strict=True):
@@ -76,6 +71,20 @@ class _Slots:
                     start = end
             self.tensors[layer.down_input][slot].copy_(down if layer.is_conv else down.T)
             self.tensors[layer.up_input][slot].copy_(up if layer.is_conv else up.T)
+
+
+def _shapes(layers: Sequence[AdaptedLayer], ranks: Ranks, count: int) -> dict[str, tuple[int, int, int]]:
+    """The shapes of the matrices of `count` slots and the zeros, by input."""
+    shapes = {}
+    for layer in layers:
+        rank = _rank(layer, ranks)
+        shapes[layer.down_input] = layer.down_shape(count + 1, rank)
+        shapes[layer.up_input] = layer.up_shape(count + 1, rank)
+    return shapes
+
+
+def _rank(layer: AdaptedLayer, ranks: Ranks) -> int:
+    return ranks.kernel_rank if layer.taps > 1 else ranks.rank
 
 
 class Unadapted:
@@ -139,6 +148,12 @@ class AdaptedGraph(Graph):
     def slot_bytes(self) -> int:
         """The memory of its slots, which are made when a call first needs their ranks."""
         return sum(slots.bytes for slots in list(self._slots.values()))
+
+    @property
+    def least_slot_bytes(self) -> int:
+        """The memory of its slots of the least padded ranks, made or not."""
+        shapes = _shapes(self.layers, Ranks(RANKS[0], 1), self._count)
+        return sum(math.prod(shape) * self._lora_types[name].itemsize for name, shape in shapes.items())
 
     def close(self) -> None:
         """Releases its runners and the slots."""
@@ -208,6 +223,11 @@ def layers_of(pipe: Any) -> dict[str, Sequence[AdaptedLayer]]:
 def slot_bytes(pipe: Any) -> int:
     """The memory of the slots of a diffusers pipeline's LoRA graphs."""
     return sum(graph.slot_bytes for _, graph in _adapted(pipe))
+
+
+def least_slot_bytes(pipe: Any) -> int:
+    """The memory of the slots of the least padded ranks of a diffusers pipeline's LoRA graphs, made or not."""
+    return sum(graph.least_slot_bytes for _, graph in _adapted(pipe))
 
 
 def _adapted(pipe: Any) -> Iterator[tuple[str, AdaptedGraph]]:

@@ -129,7 +129,7 @@ class Components:
             return AdaptedGraph(Unadapted(runner, self.tensors), runner, name, self.lora_slots, self.tensors)
 
         # Graphs on other providers differ in their last bits, so rows without residuals stay in the plain graph.
-        return LaterGraph(open_graph, mixes=self.provider in ("cpu", "cuda"))
+        return LaterGraph(open_graph, mixes=self.provider in ("cpu", "cuda"), size=component.bytes)
 
     def _graph(self, name: str) -> Graph:
         """Opens a component's graph: on CUDA the one with fused operators, if there is one and it opens, else the plain one."""

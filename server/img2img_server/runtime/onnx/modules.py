@@ -83,11 +83,12 @@ class Graph:
 class LaterGraph:
     """A graph that is opened when it is first needed, on any thread.
 
-    If `mixes`, rows that another graph could compute have that graph's results bit by bit.
+    If `mixes`, rows that another graph could compute have that graph's results bit by bit. `bytes` is the size of its weights.
     """
 
-    def __init__(self, open_graph: Callable[[], Graph], mixes: bool) -> None:
+    def __init__(self, open_graph: Callable[[], Graph], mixes: bool, size: int = 0) -> None:
         self.mixes = mixes
+        self.bytes = size
         self.opened: Graph | None = None
         self._open = open_graph
         self._lock = threading.Lock()
