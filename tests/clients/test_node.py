@@ -1,13 +1,16 @@
 """The Node client's programs against a real server."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from fakes import FakePipeline
+from img2img_server.bundle.controls import FAMILY
+from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.support.model_fields import FieldRule
 from other_clients import IMAGE, PATIENCE, STEPS, HeldPipeline, Run, Secured, failed, holding, started, succeeded
 from PIL import Image, ImageChops
-from running import RunningServer, running, store
+from running import RunningServer, manifest, running, store
 
 
 def same(one: Path, other: Path) -> bool:
@@ -83,6 +86,40 @@ def test_reference_images_and_the_fields_of_a_model(node: Path) -> None:
     assert lines[2].startswith("strength: this model has no strength")
     request = pipeline.prepared[-1].request
     assert ([image.size for image in request.references], request.true_cfg_scale) == ([(128, 128)] * 2, 2.5)
+
+
+CONTROLS = """
+import { readFile } from "node:fs/promises";
+import { Client } from "img2img-client";
+const client = new Client(process.env.IMG2IMG_TARGET);
+const image = { data: await readFile(process.argv[1]) };
+const edges = { model: { path: "edges" }, image, scale: 0.5, end: 0.75 };
+console.log((await client.getModel("m")).fields.find((field) => field.name === "controls").max_count);
+await client.transform({ image, controls: [edges, { model: { path: "edges" }, image }] });
+for (const wrong of [{ ...edges, begin: 0 }, { ...edges, start: 1 }, { ...edges, model: { path: "m" } }]) {
+  await client.transform({ image, controls: [edges, wrong] }).catch((error) => console.log(error.message));
+}
+client.close();
+"""
+
+
+def test_controls_of_a_request(node: Path) -> None:
+    pipeline = FakePipeline()
+    pipeline.fields = {"controls": FieldRule()}
+    edges = Model("edges", replace(manifest("acme/edges"), family=FAMILY), FakePipeline())
+    with (
+        running(lambda: ModelRegistry([Model("m", manifest("acme/m"), pipeline), edges])) as server,
+        started(node, CONTROLS, IMAGE, target=f"localhost:{server.port}") as process,
+    ):
+        lines = process.stdout.read().splitlines()
+        assert process.wait(PATIENCE) == 0
+    assert lines[0] == "4"
+    assert lines[1] == "controls[1].begin is not a field of img2img.v1.Control"
+    assert lines[2].startswith("controls[1].start: 1 is not in 0 to 1, below 1")
+    assert lines[3].startswith("controls[1].model: model 'm' is not a ControlNet")
+    (request,) = (state.request for state in pipeline.prepared)
+    found = [(use.model, use.scale, use.start, use.end, use.image.size) for use in request.controls]
+    assert found == [("edges", 0.5, 0.0, 0.75, (128, 128)), ("edges", 1.0, 0.0, 1.0, (128, 128))]
 
 
 LEAVING = """

@@ -24,7 +24,8 @@ from drawing import alone, together
 from fakes import Clock, FakePipeline, make_request
 from http_calls import EDITS, Field, ask, opened
 from img2img.v1 import image_to_image_pb2 as pb
-from img2img_client import Client, Control, InvalidRequest, ModelNotFound, NotSupported, read_provenance
+from img2img_cli.__main__ import main
+from img2img_client import Client, Control, InvalidRequest, ModelNotFound, NotSupported, read_provenance, recorded_options
 from img2img_export.verify.images import sample_image
 from img2img_server.api.controls import check_controls
 from img2img_server.assets.store import AssetStore
@@ -391,6 +392,44 @@ def png_of(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
+
+
+def test_recorded_controls_reproduce_the_image(client: Client) -> None:
+    """With the recorded options, in which there are no images."""
+    mix = MIXES[5]
+    wanted = [Control(letter, image_of(letter), *numbers) for letter, *numbers in mix]
+    first = client.transform(sample_image(64, 64), seed=5, controls=wanted, **SETTINGS).images[0]
+    record = read_provenance(first.data) or {}
+    options = recorded_options(record)
+    assert "controls" not in options
+    again = [Control(use["model"], image_of(use["model"]), use["scale"], use["start"], use["end"]) for use in record["controls"]]
+    assert client.transform(sample_image(64, 64), controls=again, **options).images[0].image.tobytes() == first.image.tobytes()
+    without = client.transform(sample_image(64, 64), **options).images[0]
+    assert without.image.tobytes() != first.image.tobytes()
+
+
+def test_the_command_sends_and_reproduces_controls(
+    server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = ["--target", f"127.0.0.1:{server.port}"]
+    for name, image in (("house", sample_image(64, 64)), ("a", image_of("a")), ("b", image_of("b"))):
+        image.save(tmp_path / f"{name}.png")
+    house, a, b, new = (str(tmp_path / f"{name}.png") for name in ("house", "a", "b", "new"))
+    flags = ["--control", f"a={a},scale=0.8,end=0.5", "--control", f"b={b},start=0.4", "--steps", "4", "--quiet"]
+    assert main(["transform", house, "--output", new, *flags, *target]) == 0
+    kept = [
+        (use["model"], use["scale"], use["start"], use["end"])
+        for use in (read_provenance(Path(new).read_bytes()) or {})["controls"]
+    ]
+    assert kept == [("a", 0.8, 0.0, 0.5), ("b", 1.0, 0.4, 1.0)]
+    again = ["reproduce", new, "--image", house, *target]
+    assert main([*again, "--control", a, "--control", b, "--max-difference", "0"]) == 0
+    assert "identical" in capsys.readouterr().out
+    assert main([*again, "--control", b, "--control", a]) == 0
+    assert "a ControlNet or a control image is not the one that was used" in capsys.readouterr().out
+    for wrong, words in (([], "--control FILE is needed 2 times"), (["--control", a], "--control is given 1 times")):
+        assert main([*again, *wrong]) != 0
+        assert words in capsys.readouterr().err
 
 
 def test_a_control_image_is_resized_to_the_result(client: Client) -> None:
