@@ -18,7 +18,12 @@ from rich.table import Table
 
 _BENCH = Path(".bench")
 _PAUSE = 0.05
-_CASES = {"sd15-fp32": ("sd15", "fp32"), "sd15-fp16": ("sd15", "fp16"), "sdxl-unet-fp16": ("sdxl-unet", "fp16")}
+_CASES = {
+    "sd15-fp32": ("sd15", "fp32"),
+    "sd15-fp16": ("sd15", "fp16"),
+    "sdxl-unet-fp16": ("sdxl-unet", "fp16"),
+    "klein-bf16": ("klein", "bf16"),
+}
 """The cases: a model, stored in the precision of its export."""
 
 
@@ -94,7 +99,7 @@ def _measure(case: str, model: Path, precision: str, arguments: argparse.Namespa
     begun = time.monotonic()
     lines = _BENCH / f"export-{case}.jsonl"
     limit = _Limit(model, arguments.limit) if arguments.limit else None
-    export = [*command, "--backend", "onnx", "--json"]
+    export = [*command, "--json"]
     with lines.open("w") as file, subprocess.Popen(export, stdout=file, preexec_fn=limit.enter if limit else None) as process:
         known = psutil.Process(process.pid)
         while process.poll() is None:
@@ -120,7 +125,7 @@ def _measure(case: str, model: Path, precision: str, arguments: argparse.Namespa
     bundle = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     summary = next(event for event in events if event["event"] == "result")
     begun = time.monotonic()
-    subprocess.run([*command, "--backend", "onnx"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     again = time.monotonic() - begun
     if not arguments.keep:
         shutil.rmtree(output)

@@ -20,7 +20,7 @@ def saved_model(name: str, precision: str) -> Path:
         torch.manual_seed(0)
         with torch.no_grad():
             pipeline = MODELS[name]()
-            pipeline.to({"fp32": torch.float32, "fp16": torch.float16}[precision])
+            pipeline.to({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision])
             pipeline.save_pretrained(directory, safe_serialization=True)
     return directory
 
@@ -135,6 +135,19 @@ def _sdxl_unet() -> Any:
     )
 
 
+def _klein() -> Any:
+    """FLUX.2 klein's kind with 95 M parameters of transformer, a text encoder that is larger (230 M), as klein's own, and a small
+    VAE. Weights are scaled as those of the tests' tiny model, so that images depend on the text and have colors."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from tiny_edits import klein
+
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64}
+    shape = {"num_layers": 1, "num_single_layers": 5, "attention_head_dim": 128, "num_attention_heads": 8}
+    return klein(_MODELS_FOLDER / "tokenizer", text, {**shape, "axes_dims_rope": (32, 32, 32, 32)})
+
+
 def _tiny() -> Any:
     """Stable Diffusion with tiny parts, to test this benchmark."""
     from diffusers import UNet2DConditionModel
@@ -151,7 +164,7 @@ def _tiny() -> Any:
     return _stable_diffusion(unet, _vae(0.18215, (32, 32, 32, 32)), text_config(32, 2, 4, "quick_gelu"))
 
 
-MODELS: dict[str, Callable[[], Any]] = {"sd15": _sd15, "sdxl-unet": _sdxl_unet, "tiny": _tiny}
+MODELS: dict[str, Callable[[], Any]] = {"sd15": _sd15, "sdxl-unet": _sdxl_unet, "klein": _klein, "tiny": _tiny}
 """Makes a diffusers pipeline with random weights in float32, by name, on torch's default device."""
 
 

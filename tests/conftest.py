@@ -115,7 +115,7 @@ def tiny_model(shared: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
     """Gives the exported bundle of a tiny model by its name, or of the demo's model for "demo"; "sd1:fp16" is one in fp16, and
-    "sd1:fp32:speedups" one with a light graph and a few speedups.
+    "sd1:fp32:speedups" one with a light graph and a few speedups, "sd3:fp32:int4" one with weights in int4.
 
     Those of WITH_PREVIEWS have previews.
     """
@@ -124,11 +124,12 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
     def get(name: str) -> Path:
         from img2img_export.build import export_model
         from img2img_export.options import ExportOptions
-        from img2img_server.bundle.manifest import Precision, check_bundle, read_manifest
+        from img2img_server.bundle.manifest import Precision, WeightFormat, check_bundle, read_manifest
         from img2img_server.errors import BundleError
         from short_exports import brief, cut_short, short_speedups
 
-        model, precision, speedups = (*name.split(":"), "", "")[:3]
+        model, precision, more = (*name.split(":"), "", "")[:3]
+        speedups = more == "speedups"
         source = DEMO_MODEL if model == "demo" else tiny_model(model)
 
         def good(directory: Path) -> bool:
@@ -145,7 +146,8 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
                 output=output,
                 precision=cast(Precision, precision or "fp32"),
                 lora_graphs=not speedups,
-                speedups=bool(speedups),
+                speedups=speedups,
+                weight_format=cast(WeightFormat, "" if speedups else more),
             )
             with brief(preview) if name in COMPARED else cut_short(2, preview, name in OF_TWO_SIZES), short_speedups():
                 export_model(options)

@@ -1,5 +1,6 @@
 """Tiny editing models: the source is an extra condition with its own size, and there is no strength."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,21 @@ def flux_kontext(directory: Path) -> None:
 
 def flux_2_klein(directory: Path) -> None:
     """Like FLUX.2 klein: three layers' states of a Qwen 3 as text, and latents normalized by a batch norm's statistics."""
-    tokenizer = qwen_tokenizer(directory / "tokenizer")
+    text = {"hidden_size": TEXT_WIDTH, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    shape = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    pipeline = klein(directory / "tokenizer", text, {**shape, "axes_dims_rope": (4, 4, 4, 4)})
+    pipeline.save_pretrained(directory, safe_serialization=True)
+
+
+def klein(tokenizer_folder: Path, text: Mapping[str, Any], shape: Mapping[str, Any]) -> diffusers.Flux2KleinPipeline:
+    """A FLUX.2 klein whose text encoder and transformer have these settings. Writes its tokenizer's files."""
+    tokenizer = qwen_tokenizer(tokenizer_folder)
     text_encoder = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=32,
             num_hidden_layers=28,  # the pipeline reads the states of layers 9, 18 and 27
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
             max_position_embeddings=512,
+            **text,
         )
     ).eval()
     autoencoder = diffusers.AutoencoderKLFlux2(
@@ -60,33 +65,26 @@ def flux_2_klein(directory: Path) -> None:
     autoencoder.decoder.conv_out.weight.mul_(0.5 / autoencoder.decode(latents).sample.std())
     autoencoder.decoder.conv_out.bias.zero_()
     transformer = diffusers.Flux2Transformer2DModel(
-        in_channels=4 * CHANNELS,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=3 * TEXT_WIDTH,
-        guidance_embeds=False,
-        axes_dims_rope=(4, 4, 4, 4),
+        in_channels=4 * CHANNELS, joint_attention_dim=3 * text["hidden_size"], guidance_embeds=False, **shape
     ).eval()
     _strengthen_conditioning(transformer)
     side = SAMPLE_SIZE // 2
     prediction = transformer(
         hidden_states=torch.randn(2, side**2, 4 * CHANNELS),
-        encoder_hidden_states=torch.randn(2, 64, 3 * TEXT_WIDTH),
+        encoder_hidden_states=torch.randn(2, 64, 3 * text["hidden_size"]),
         timestep=torch.full((2,), 0.5),
         img_ids=torch.zeros(side**2, 4),
         txt_ids=torch.zeros(64, 4),
     ).sample
     calibrate(transformer.proj_out, prediction)
-    diffusers.Flux2KleinPipeline(
+    return diffusers.Flux2KleinPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=autoencoder,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer,
         is_distilled=True,
-    ).save_pretrained(directory, safe_serialization=True)
+    )
 
 
 def _strengthen_conditioning(transformer: Any) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import onnx
 from img2img_server.bundle.manifest import LIMITS, Component, ComponentParity, Verification
+from img2img_server.runtime.common.fp32_compute import computing_in_fp32
 
 from img2img_export.attempts import Attempt, Drawn, draw, verify
 from img2img_export.component import part_of, problems_of
 from img2img_export.convert import models
 from img2img_export.convert.external_weights import GRAPH_NAME
-from img2img_export.convert.fp32_compute import computing_in_fp32
 from img2img_export.convert.graphs import describe_graph, quiet
 from img2img_export.convert.models import Loader, Plan
 from img2img_export.errors import FAILURES, ExportError, first_line

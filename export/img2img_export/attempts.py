@@ -8,15 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from img2img_server.bundle.manifest import LIMITS, Component, ImageParity, Manifest, Reference, Source, Verification
+from img2img_server.bundle.manifest import (
+    Component,
+    ImageParity,
+    Manifest,
+    Reference,
+    Source,
+    Verification,
+    WeightFormat,
+    limits_of,
+)
 from img2img_server.bundle.speedups import NONE, Speedups
 from img2img_server.errors import InvalidField
+from img2img_server.runtime.common.fp32_compute import computing_in_fp32
 from img2img_server.runtime.schedulers import registry
 from PIL import Image
 
 from img2img_export.component import STATIC, STATIC_GRAPHS, Converter, Made, release_memory
 from img2img_export.convert import models, torch_bundle
-from img2img_export.convert.fp32_compute import computing_in_fp32
 from img2img_export.convert.models import Loader, Plan
 from img2img_export.errors import ExportError, first_line, may_fall_back
 from img2img_export.options import ExportOptions
@@ -50,6 +59,7 @@ class Attempt:
     size_multiple: int | None = None
     references: tuple[Reference, ...] = ()
     speedups: Speedups = NONE
+    weight_format: WeightFormat = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +122,18 @@ def _attempt(
     while True:
         release_memory()
         progress.stage("comparing images from the server's pipeline with the references")
-        attempt = Attempt(plan, (*(part.component for part in made.values()), *saved), measured(made), drawn.latent_preview)
+        components = (*(part.component for part in made.values()), *saved)
+        narrow = converter.weight_format
+        attempt = Attempt(plan, components, measured(made), drawn.latent_preview, weight_format=narrow)
         compared, generated = images.compare_images(
             bundle, describe(attempt, options), drawn.cases, drawn.references, options.precision
         )
         worst = min(part.psnr_db for part in compared)
-        enough = worst >= _AIM_DB or (converter.is_strictest and all(part.passed for part in compared))
+        enough = all(part.passed for part in compared) and (worst >= _AIM_DB or converter.is_strictest)
         if enough or not (again := converter.tighten()):
             judged = _judge(attempt, drawn.cases, drawn.references, compared, generated, options, bundle)
             return _with_speedups(judged, made, options, bundle, progress)
-        progress.stage(f"the worst image has {worst:.1f} dB, less than {_AIM_DB:g}: quantizing less")
+        progress.stage(f"the worst image has {worst:.1f} dB: quantizing less")
         made |= {part.component.name: part for component in again for part in converter.convert(component)}
 
 
@@ -181,7 +193,8 @@ def _judge(
     sheet = bundle / SHEET
     sheet.parent.mkdir()
     make_sheet(cases, references, generated, compared).save(sheet)
-    limits = {name: float(value) for name, value in dataclasses.asdict(LIMITS[options.precision]).items()}
+    allowed = limits_of(options.precision, attempt.weight_format)
+    limits = {name: float(value) for name, value in dataclasses.asdict(allowed).items()}
     verification = dataclasses.replace(
         attempt.verification, passed=not problems, pictures=compared, problems=tuple(problems), limits=limits
     )
@@ -205,6 +218,7 @@ def describe(attempt: Attempt, options: ExportOptions) -> Manifest:
         size_multiple=attempt.size_multiple,
         references=attempt.references,
         speedups=attempt.speedups,
+        weight_format=attempt.weight_format,
     )
 
 

@@ -10,6 +10,7 @@ from img2img_server.bundle.manifest import Manifest, list_files, read_manifest, 
 from img2img_server.errors import BundleError
 from img2img_server.support import distribution
 
+from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.publish.staging import Staging, check_replaceable, stage
@@ -36,12 +37,18 @@ class Outcome:
         manifest = self.manifest
         size = sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
         what = f"{manifest.family} on {manifest.backend} in {manifest.precision}"
+        if manifest.weight_format:
+            what += f" with weights in {manifest.weight_format}"
         if manifest.backend_reason:
             what += f" ({manifest.backend_reason})"
         found = []
         if drawn := manifest.verification.pictures:
             images = f"images within {max(part.max_abs_error for part in drawn)}/255 of {manifest.verification.reference}"
-            least = f" (PSNR at least {min(part.psnr_db for part in drawn):.1f} dB)" if manifest.precision != "fp32" else ""
+            least = (
+                f" (PSNR at least {min(part.psnr_db for part in drawn):.1f} dB)"
+                if manifest.precision != "fp32" or manifest.weight_format
+                else ""
+            )
             found.append(images + least)
         if compared := manifest.verification.components:
             part = max(compared, key=lambda part: part.relative_error)
@@ -62,6 +69,7 @@ def export_model(options: ExportOptions, progress: Progress | None = None) -> Ou
     output = options.output.absolute()
     check_replaceable(output, force=True)
     checkpoint = resolve(options, progress)
+    check_weight_format(options, checkpoint.kind)
     digests = Digests()
     if (manifest := _find_up_to_date(output, checkpoint, options, digests, progress)) is not None:
         return Outcome(output, manifest, up_to_date=True)
@@ -75,6 +83,17 @@ def export_model(options: ExportOptions, progress: Progress | None = None) -> Ou
         digests.remember(output / name, digest)
     digests.save()
     return Outcome(output, manifest, up_to_date=False)
+
+
+def check_weight_format(options: ExportOptions, kind: str) -> None:
+    """Raises ExportError if weights cannot be stored in the requested format. `kind` is the checkpoint's."""
+    if not options.weight_format:
+        return
+    if options.precision == "int8":
+        raise ExportError("--weight-format is for weights of graphs that compute in fp32, fp16 or bf16, not --precision int8")
+    if kind in ("onnx", "controlnet"):
+        what = "a ControlNet" if kind == "controlnet" else "a directory of graphs"
+        raise ExportError(f"--weight-format applies to transformers and text encoders, and {options.source} is {what}")
 
 
 def tool_versions() -> dict[str, str]:
@@ -115,6 +134,8 @@ def _recorded(options: ExportOptions) -> dict[str, str]:
         recorded["lora_graphs"] = "no"
     if options.speedups:
         recorded["speedups"] = "yes"
+    if options.weight_format:
+        recorded |= {"weight_format": options.weight_format, "group_size": str(options.group_size)}
     return recorded
 
 

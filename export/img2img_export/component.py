@@ -4,12 +4,14 @@ A graph in half precision or int8 that differs from PyTorch (the original VAE of
 with the measurement as the reason. So the measurements decide which parts stay in fp32.
 
 In int8, UNets and the VAE's decoder are quantized statically (calibration.py), the matrices of other graphs dynamically
-(quantize.py), and the VAE's encoder stays in fp32.
+(quantize.py), and the VAE's encoder stays in fp32. Weight-only quantization (weight_only.py) applies to transformers and text
+encoders.
 """
 
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import math
 import shutil
@@ -20,13 +22,13 @@ from typing import Any
 import torch
 from img2img_server.bundle.adapters import LORA_NAME, AdaptedLayer
 from img2img_server.bundle.controls import CONTROL_LORA_NAME, CONTROL_NAME, FAMILY
-from img2img_server.bundle.manifest import LIMITS, AccuracyLimits, Component, ComponentParity, Precision
+from img2img_server.bundle.manifest import AccuracyLimits, Component, ComponentParity, Precision, WeightFormat, limits_of
 from img2img_server.bundle.speedups import LIGHT_NAME
+from img2img_server.runtime.common.fp32_compute import computing_in_fp32
 
 from img2img_export.convert import control_graph, light_graph, lora_graph, parts, split_graph
 from img2img_export.convert.calibration import Calibration
 from img2img_export.convert.external_weights import GRAPH_NAME, ExternalWeightsGraph
-from img2img_export.convert.fp32_compute import computing_in_fp32
 from img2img_export.convert.fused_attention import LORA_NAME as LORA_FUSED_ATTENTION
 from img2img_export.convert.fused_attention import NAME as FUSED_ATTENTION
 from img2img_export.convert.fused_attention import write_beside
@@ -73,6 +75,8 @@ _FUSABLE = ("unet", "vae_encoder", "vae_decoder", FAMILY)
 """The graphs that can be fused."""
 _TRANSFORMER = "transformer"
 """The graph with a second one whose attention is fused (fused_attention.py)."""
+_COARSER: dict[WeightFormat, WeightFormat] = {"int4": "int8", "int8": ""}
+"""What is tried if a graph or images differ too much with weights in a format."""
 
 
 _FURTHER = {"lora": LORA_NAME, "control": CONTROL_NAME, "control_lora": CONTROL_LORA_NAME}
@@ -134,15 +138,26 @@ class Converter:
         self._control_graphs = control_graphs
         self._calibrations: dict[str, Calibration] = {}
         self._budget = 0
+        self._format = options.weight_format
+        self._narrow: dict[str, None] = {}
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """The format of the narrowest weights among the graphs; "" if none has quantized weights."""
+        return self._format if self._narrow else ""
 
     @property
     def is_strictest(self) -> bool:
-        """Whether `tighten` would leave no graph in static int8."""
-        return self._budget + 2 >= len(_BUDGETS)
+        """Whether `tighten` would leave no graph in static int8, or there is none."""
+        return not self._calibrations or self._budget + 2 >= len(_BUDGETS)
 
     def tighten(self) -> tuple[str, ...]:
-        """Reduces the error that static int8 graphs may have. Returns the components to convert again; empty if no graph is in
-        static int8."""
+        """Reduces the error that static int8 graphs may have, or stores weights in more bits. Returns the components to convert
+        again; empty if no graph is quantized."""
+        if self._narrow:
+            again, self._narrow = tuple(self._narrow), {}
+            self._format = _COARSER[self._format]
+            return again
         made = tuple(self._calibrations)
         if not made or self._budget + 1 >= len(_BUDGETS):
             return ()
@@ -161,7 +176,17 @@ class Converter:
             wanted, reason = "fp32", "the source image is encoded once, and in full precision"
         if wanted == "int8" and name in STATIC_GRAPHS and not _BUDGETS[self._budget]:
             wanted, reason = "fp32", "images differ too much in int8"
-        made = self._attempt(component, name, wanted)
+        narrow: WeightFormat = self._format if name == _TRANSFORMER or name.startswith("text_encoder") else ""
+        if self._format != self._options.weight_format:
+            reason = f"images differ too much with weights in {self._options.weight_format}"
+        made = self._attempt(component, name, wanted, narrow)
+        while made.problems and narrow:
+            narrow, failed = _COARSER[narrow], narrow
+            reason = f"not in {failed}: {made.problems[0]}"
+            self._progress.stage(f"{name}: weights {reason}")
+            made = self._attempt(component, name, wanted, narrow)
+        if narrow:
+            self._narrow[component] = None
         if made.problems and wanted != "fp32":
             self._progress.stage(f"{name} stays in fp32: {made.problems[0]}")
             reason = made.problems[0]
@@ -171,23 +196,25 @@ class Converter:
         reason = "; ".join(filter(None, (reason, made.component.reason)))
         return dataclasses.replace(made, component=dataclasses.replace(made.component, reason=reason))
 
-    def _attempt(self, component: str, name: str, precision: Precision) -> Made:
-        """Makes and compares one graph. A failure in another precision than fp32 is a problem of the result, not an error."""
-        self._progress.stage(f"{name}: tracing in {precision}")
+    def _attempt(self, component: str, name: str, precision: Precision, narrow: WeightFormat = "") -> Made:
+        """Makes and compares one graph, with weights in the format `narrow`. A failure with quantized weights, or in another
+        precision than fp32, is a problem of the result, not an error."""
+        self._progress.stage(f"{name}: tracing in {precision}{f', weights in {narrow}' if narrow else ''}")
+        limits = limits_of(precision, narrow)
         shutil.rmtree(self._bundle / name, ignore_errors=True)
         try:
-            written = self._write(component, name, precision)
+            written = self._write(component, name, precision, narrow)
             release_memory()
             self._progress.stage(f"{name}: comparing with PyTorch")
             is_static = precision == "int8" and name in STATIC_GRAPHS
             session = open_graph(self._bundle / name / GRAPH_NAME)
-            limits = _UNCALIBRATED if is_static else None
-            parities = compare(written.part, session, written.cases, LIMITS[precision], random_limits=limits)
+            uncalibrated = _UNCALIBRATED if is_static else None
+            parities = compare(written.part, session, written.cases, limits, random_limits=uncalibrated)
         except ExportError as error:
-            if precision == "fp32":
+            if precision == "fp32" and not narrow:
                 raise
             return Made(Component(name, precision), (), (str(error),))
-        record = describe_graph(self._bundle, name)
+        record = dataclasses.replace(describe_graph(self._bundle, name), weight_format=narrow)
         problems = tuple(problems_of(parities))
         if name in DENOISERS and precision in ("fp32", "fp16"):
             split_graph.split(self._bundle / name)
@@ -202,14 +229,16 @@ class Converter:
         for field, files in graphs.items():
             path = next((folder / file for file in files if (folder / file).is_file()), None)
             if not problems and path is not None:
-                found, reason = self._compare(written, field, path, precision)
+                found, reason = self._compare(written, field, path, precision, limits)
                 parities += found
                 further[field] = path.relative_to(self._bundle).as_posix() if found else ""
                 reasons += [reason] if reason else []
         cost = written.light_cost if further.get("light") and written.light_cost is not None else 1.0
         return Made(dataclasses.replace(record, reason="; ".join(reasons), **further), tuple(parities), problems, cost)
 
-    def _compare(self, written: _Written, field: str, path: Path, precision: Precision) -> tuple[list[ComponentParity], str]:
+    def _compare(
+        self, written: _Written, field: str, path: Path, precision: Precision, limits: AccuracyLimits
+    ) -> tuple[list[ComponentParity], str]:
         """Compares a further graph. If it fails, the graph is removed, and the measurements are empty, with the reason."""
         expanded, words = field.startswith("fused") and written.part.name != _TRANSFORMER, field.replace("_", " ")
         further = written.further.get(field.removeprefix("fused_"))
@@ -220,7 +249,7 @@ class Converter:
             part, cases = light_cases(part, known)
         try:
             session = open_fused(path) if expanded else open_graph(path)
-            parities = compare(part, session, cases, LIMITS[precision], words)
+            parities = compare(part, session, cases, limits, words)
             problems = list(problems_of(parities))
         except ExportError as error:
             parities, problems = [], [str(error)]
@@ -233,7 +262,7 @@ class Converter:
         self._progress.stage(f"{part.name} has no {words} graph: {problems[0]}")
         return [], f"no {words} graph: {problems[0]}"
 
-    def _write(self, component: str, name: str, precision: Precision) -> _Written:
+    def _write(self, component: str, name: str, precision: Precision, narrow: WeightFormat) -> _Written:
         """Writes the graphs and their configuration, and frees the module."""
         if name not in self._calls:
             raise ExportError(f"{name} was not called by the pipeline, so no inputs were recorded to trace it with")
@@ -250,10 +279,11 @@ class Converter:
                 part, example, cases, cost = self._described(name, module, calls)
                 has_controls = self._control_graphs and name == "unet" and precision != "int8"
                 further = _further(part, module, example, cases, layers, has_controls)
-            external = _make(module, part, example, precision)
+            make = functools.partial(_make, module, precision=precision, narrow=narrow, group_size=self._options.group_size)
+            external = make(part, example)
             for field, wanted in further.items():
                 try:
-                    beside[_FURTHER[field]] = _make(module, wanted.part, example | wanted.example, precision)
+                    beside[_FURTHER[field]] = make(wanted.part, example | wanted.example)
                 except ExportError as error:
                     troubles.append(f"no {field.replace('_', ' ')} graph: {error}")
             kept: tuple[str, ...] = ()
@@ -270,10 +300,10 @@ class Converter:
                 fuse(external).write(folder / FUSED, self._progress, f"{name}, fused", fused)
             elif precision != "int8" and name == _TRANSFORMER:
                 with quiet():
-                    write_beside(_make(module, part, example, precision, fused_attention=True), folder)
+                    write_beside(make(part, example, fused_attention=True), folder)
                     if LORA_NAME in beside:
                         lora = further["lora"]
-                        fused_lora = _make(module, lora.part, example | lora.example, precision, fused_attention=True)
+                        fused_lora = make(lora.part, example | lora.example, fused_attention=True)
                         write_beside(fused_lora, folder, LORA_FUSED_ATTENTION)
         except (*FAILURES, ExportError) as error:
             _remove_fused(folder)
@@ -387,7 +417,24 @@ def _remove_fused(folder: Path) -> None:
         (folder / file).unlink(missing_ok=True)
 
 
-def _make(module: Any, part: Part, example: Tensors, precision: Precision, fused_attention: bool = False) -> ExternalWeightsGraph:
+def _make(
+    module: Any,
+    part: Part,
+    example: Tensors,
+    precision: Precision,
+    narrow: WeightFormat,
+    group_size: int,
+    fused_attention: bool = False,
+) -> ExternalWeightsGraph:
+    graph = _in_precision(module, part, example, precision, fused_attention)
+    if not narrow:
+        return graph
+    from img2img_export.convert.weight_only import to_weight_only
+
+    return to_weight_only(graph, narrow, group_size)
+
+
+def _in_precision(module: Any, part: Part, example: Tensors, precision: Precision, fused_attention: bool) -> ExternalWeightsGraph:
     if precision == "fp32":
         return trace(module, part, example, fused_attention=fused_attention)
     if precision == "int8" and part.name not in STATIC_GRAPHS:

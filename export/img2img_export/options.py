@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from img2img_server.bundle.manifest import Precision
+from img2img_server.bundle.manifest import Precision, WeightFormat
 
 Backend = Literal["auto", "onnx", "hybrid", "torch"]
+
+GROUP_SIZES = (32, 64, 128)
+"""Weights that share a scale in weight-only quantization: ONNX Runtime's CPU and CUDA providers have kernels for these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,8 @@ class ExportOptions:
     compare with. `backend` "auto" makes graphs of all parts and falls back to hybrid, then torch; the others fail if not
     possible. `scheduler` is the bundle's default scheduler (one of the server's names). `force` replaces another bundle at
     `output`; `allow_unverified` publishes a bundle that failed verification. `lora_graphs` also makes the graphs for
-    requests with LoRAs. `speedups` measures what requests that need not be exact can skip.
+    requests with LoRAs. `speedups` measures what requests that need not be exact can skip. `weight_format` stores the matrices of
+    transformers and text encoders in 8 or 4 bits, in blocks of `group_size` weights.
     """
 
     source: str
@@ -46,3 +50,5 @@ class ExportOptions:
     allow_unverified: bool = False
     lora_graphs: bool = True
     speedups: bool = False
+    weight_format: WeightFormat = ""
+    group_size: int = GROUP_SIZES[0]

@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from covering import nightly_but
+from diffusers import DiffusionPipeline
 from img2img_export.convert import bfloat16, emulation
-from img2img_export.convert.external_weights import ExternalWeightsGraph, Weight
+from img2img_export.convert.external_weights import GRAPH_NAME, ExternalWeightsGraph, Weight
 from img2img_export.convert.parts import Part, Tensors, denoiser_part, flatten, text_part, vae_parts
 from img2img_export.convert.tracing import trace
 from img2img_export.progress import Progress
@@ -133,3 +135,31 @@ def test_numbers_are_converted_by_value() -> None:
     assert np.array_equal(found, torch.from_numpy(numbers).bfloat16().float().numpy())
     assert found[0] == -65536
     assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize("name", ["flux-dev", *nightly_but(["flux"])])
+def test_half_precision_does_not_round_flux_timestep_and_guidance(
+    name: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """diffusers' transformer multiplies both by 1000 in the weights' type, which bf16 rounds by up to 16."""
+    module = DiffusionPipeline.from_pretrained(tiny_model(name)).transformer.eval()
+    config, generator = module.config, torch.Generator().manual_seed(0)
+
+    def call(tokens: int) -> dict[str, torch.Tensor]:
+        made = {
+            "hidden_states": torch.randn(2, tokens, config.in_channels, generator=generator),
+            "encoder_hidden_states": torch.randn(2, 9, config.joint_attention_dim, generator=generator),
+            "pooled_projections": torch.randn(2, config.pooled_projection_dim, generator=generator),
+            "timestep": torch.tensor([0.4337, 0.9871]),
+            "txt_ids": torch.zeros(9, 3),
+            "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(tokens / 2)),
+        }
+        return made | ({"guidance": torch.tensor([3.337, 6.771])} if config.guidance_embeds else {})
+
+    example, other = call(12), call(16)
+    part = denoiser_part("transformer", module, [example, other], example)
+    bfloat16.to_bfloat16(trace(module, part, example, torch.float16)).write(tmp_path, Progress(), name)
+    found = emulation.open_emulated(tmp_path / GRAPH_NAME).run(None, {key: value.numpy() for key, value in other.items()})[0]
+    with torch.no_grad():
+        expected = part.call(module, other)["out_hidden_states"].numpy()
+    assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)

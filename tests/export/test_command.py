@@ -63,7 +63,8 @@ def test_every_flag_reaches_the_exporter(exporter: Exporter) -> None:
         "--variant fp16 --revision main --allow-pattern unet/* --allow-pattern vae/* --ignore-pattern *.bin --config some/repo"
     )
     more = "--reference ./sd15 --lora a.safetensors --lora b:c.safetensors:0.5 --scheduler lcm --precision int8 --backend hybrid"
-    assert export(*flags.split(), *more.split(), "--force", "--allow-unverified") == 0
+    last = "--force --allow-unverified --weight-format int4 --group-size 64"
+    assert export(*flags.split(), *more.split(), *last.split()) == 0
     assert exporter.asked == [
         ExportOptions(
             source="model",
@@ -80,6 +81,8 @@ def test_every_flag_reaches_the_exporter(exporter: Exporter) -> None:
             backend="hybrid",
             force=True,
             allow_unverified=True,
+            weight_format="int4",
+            group_size=64,
         )
     ]
 

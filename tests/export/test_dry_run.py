@@ -112,6 +112,38 @@ def test_the_precision_decides_the_size(model: Path) -> None:
     assert make_forecast(model, precision="fp16").temporary_bytes == 0
 
 
+def test_weight_format_shrinks_matrices_of_transformers_and_text_encoders(model: Path) -> None:
+    """To bits, and a scale and a zero point for each block."""
+    told = make_forecast(model, precision="fp16", weight_format="int4", group_size=64)
+    text = parts(told)["text_encoder"]
+    assert (text.precision, text.weight_format) == ("fp16", "int4")
+    assert text.bytes == text.gpu_bytes == round(COUNTS["text_encoder"] * (0.5 + (2 + 0.5) / 64))
+    unet = parts(told)["unet"]
+    assert (unet.weight_format, unet.gpu_bytes) == ("", 2 * COUNTS["unet"])
+    assert "transformers and text encoders" in unet.reason
+
+
+def test_weights_on_a_gpu_are_compared_between_precisions(model: Path) -> None:
+    told = make_forecast(model)
+    sizes = {(one.precision, one.weight_format): one.gpu_bytes for one in told.alternatives}
+    total = sum(COUNTS.values())
+    assert told.gpu_bytes == sizes["fp32", ""] == 4 * total
+    assert sizes["fp16", ""] == sizes["bf16", ""] == 2 * total, "one of the plain and the fused graph is loaded"
+    assert sizes["fp16", "int4"] < sizes["fp16", "int8"] < sizes["fp16", ""]
+    assert make_forecast(model, plan("torch", ())).gpu_bytes == 2 * total, "PyTorch serves in half precision on a GPU"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [(10**8, "GPUs of 8 GB and more"), (4 * 10**9, "GPUs of 24 GB and more"), (10**12, "more than a GPU of 180 GB has")],
+)
+def test_text_says_which_gpus_the_weights_fit(parameters: int, words: str, model: Path) -> None:
+    told = dataclasses.replace(make_forecast(model), gpu_bytes=4 * parameters)
+    output = StringIO()
+    show(told, open_console(output))
+    assert f"{words}\n" in re.sub(" +\n", "\n", output.getvalue())
+
+
 def test_a_vae_that_overflows_stays_in_fp32(tmp_path: Path) -> None:
     vae = parts(make_forecast(write_model(tmp_path / "model", "F16", upcast=True), precision="fp16"))["vae"]
     assert (vae.stored, vae.precision, vae.bytes) == ("fp16", "fp32", 4 * COUNTS["vae"])

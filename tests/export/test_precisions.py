@@ -82,7 +82,7 @@ def test_components_that_fail_in_int8_fall_back_with_the_reason(
     """And what is left of it is drawn by the server."""
     reference = draw(bundle("sd1"))
     strict = {**LIMITS, "int8": replace(LIMITS["int8"], relative_error=0.02)}
-    monkeypatch.setattr(component, "LIMITS", strict)
+    monkeypatch.setattr(component, "limits_of", lambda precision, narrow: strict[precision])
     options = ExportOptions(source=str(tiny_model("sd1")), output=tmp_path / "out", precision="int8")
     with cut_short(2):
         manifest = export_model(options).manifest

@@ -5,12 +5,12 @@ shapes of its tensors, and the hub serves this header alone.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from img2img_server.bundle.controls import FAMILY
-from img2img_server.bundle.manifest import Precision, Source
+from img2img_server.bundle.manifest import Precision, Source, WeightFormat
 
 from img2img_export.cli.terminal import quantity
 from img2img_export.errors import ExportError, first_line
@@ -33,6 +33,22 @@ _FUSED = ("unet", "vae", FAMILY)
 
 _MEMORY_FACTOR = 1.5
 """Memory required, as a multiple of the largest part's weights (mapped, so the system can evict them)."""
+_GPUS = (8, 12, 16, 24, 32, 48, 80, 96, 141, 180)
+"""Memory of common GPUs, in GB."""
+_ACTIVATIONS = 2 * 10**9
+"""Bytes of a GPU that are left for activations and libraries: a guess, since they grow with size and batch."""
+_ALTERNATIVES: tuple[tuple[Precision, WeightFormat], ...] = (
+    ("fp32", ""),
+    ("fp16", ""),
+    ("bf16", ""),
+    ("fp32", "int8"),
+    ("fp32", "int4"),
+    ("fp16", "int8"),
+    ("fp16", "int4"),
+)
+"""What the sizes are shown of."""
+_NARROWED = ("diffusers", "single-file")
+"""The kinds of checkpoints of which weights can be quantized."""
 _LEAST_MEMORY = 2 * 10**9
 """Bytes: peak of libraries, activations and graphs, independent of the weights."""
 
@@ -52,11 +68,24 @@ class PartForecast:
     precision: str = ""
     bytes: int = 0
     reason: str = ""
+    weight_format: WeightFormat = ""
+    gpu_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """The same export in another precision and format of weights: bytes of the bundle, and of weights on a GPU."""
+
+    precision: str
+    weight_format: WeightFormat
+    bundle_bytes: int
+    gpu_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What an export would do. Sizes are estimates in bytes; `temporary_bytes` is additional disk space during export."""
+    """What an export would do. Sizes are estimates in bytes; `temporary_bytes` is additional disk space during export.
+    `gpu_bytes` are those of the weights on a GPU that serves the bundle."""
 
     source: str
     output: str
@@ -73,6 +102,9 @@ class Forecast:
     temporary_bytes: int
     memory_bytes: int
     free_disk_bytes: int
+    gpu_bytes: int
+    weight_format: WeightFormat = ""
+    alternatives: tuple[Alternative, ...] = ()
 
 
 def survey(options: ExportOptions, progress: Progress) -> tuple[Checkpoint, Contents]:
@@ -98,7 +130,12 @@ def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", conte
     weights = weigh(contents or read_contents(checkpoint), components, alone=checkpoint.kind == "controlnet")
     kinds = {**dict.fromkeys(weights, ""), **{name: kind for name, (_, kind) in checkpoint.layout.components.items()}}
     upcast = _is_upcast(checkpoint.directory / "vae" / "config.json")
-    parts = tuple(_forecast_part(name, kind, weights.get(name), options.precision, plan, upcast) for name, kind in kinds.items())
+
+    def sized(options: ExportOptions) -> tuple[PartForecast, ...]:
+        return tuple(_forecast_part(name, kind, weights.get(name), options, plan, upcast) for name, kind in kinds.items())
+
+    parts = sized(options)
+    others = [(precision, narrow) for precision, narrow in _ALTERNATIVES if checkpoint.kind in _NARROWED or not narrow]
     source_bytes, bundle_bytes = sum(part.bytes for part in weights.values()), sum(part.bytes for part in parts)
     rewritten = source_bytes if checkpoint.weights is not None or options.loras else 0
     return Forecast(
@@ -117,6 +154,13 @@ def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", conte
         temporary_bytes=rewritten,
         memory_bytes=max(round(_MEMORY_FACTOR * max((_in_memory(part) for part in parts), default=0)), _LEAST_MEMORY),
         free_disk_bytes=_free_disk(options.output),
+        gpu_bytes=sum(part.gpu_bytes for part in parts),
+        weight_format=options.weight_format,
+        alternatives=tuple(
+            Alternative(precision, narrow, sum(part.bytes for part in made), sum(part.gpu_bytes for part in made))
+            for precision, narrow in others
+            for made in [sized(replace(options, precision=precision, weight_format=narrow))]
+        ),
     )
 
 
@@ -128,13 +172,14 @@ def show(found: Forecast, console: "Console") -> None:
         [
             ("pipeline", f"{found.pipeline_class} (family {found.family})"),
             ("backend", found.backend + (f": {found.backend_reason}" if found.backend_reason else "")),
-            ("precision", found.precision),
+            ("precision", _numbers(found.precision, found.weight_format)),
             ("scheduler", found.scheduler or ""),
             *(("LoRA", f"{name} at {scale:g}") for name, scale in found.loras),
             ("read", quantity(found.source_bytes)),
             ("bundle", f"about {quantity(found.bundle_bytes)}"),
             ("disk", f"about {quantity(found.bundle_bytes + found.temporary_bytes)} during the export{_warn(found)}"),
             ("memory", f"about {quantity(found.memory_bytes)} at its peak"),
+            ("served on a GPU", f"about {quantity(found.gpu_bytes)} of weights; {_card(found.gpu_bytes)}"),
         ],
     )
     rows = [
@@ -144,7 +189,7 @@ def show(found: Forecast, console: "Console") -> None:
             {"onnx": "ONNX graph", "torch": "PyTorch"}.get(part.backend, "copied"),
             f"{part.parameters / 1e6:.1f} M" if part.parameters else "",
             part.stored,
-            part.precision,
+            _numbers(part.precision, part.weight_format),
             quantity(part.bytes) if part.bytes else "",
             part.reason,
         )
@@ -152,6 +197,17 @@ def show(found: Forecast, console: "Console") -> None:
     ]
     columns = ("component", "class", "becomes", ">parameters", "stored", "exported", ">in the bundle", "")
     print_table(console, "components", columns, rows)
+    if found.backend != "torch":
+        sizes = [
+            (
+                _numbers(one.precision, one.weight_format),
+                quantity(one.bundle_bytes),
+                quantity(one.gpu_bytes),
+                _card(one.gpu_bytes),
+            )
+            for one in found.alternatives
+        ]
+        print_table(console, "in other precisions", ("precision", ">bundle", ">weights on a GPU", "fits"), sizes)
 
 
 def _survey_hub(options: ExportOptions, progress: Progress) -> tuple[Checkpoint, Contents]:
@@ -182,11 +238,22 @@ def _survey_hub(options: ExportOptions, progress: Progress) -> tuple[Checkpoint,
     return checkpoint, Contents(headers, {item.path: item.size for item in found})
 
 
+def _numbers(precision: str, weight_format: WeightFormat) -> str:
+    return f"{precision}, weights in {weight_format}" if weight_format else precision
+
+
+def _card(weights: int) -> str:
+    """The GPUs that weights of so many bytes fit into."""
+    least = next((size for size in _GPUS if size * 10**9 >= weights + _ACTIVATIONS), None)
+    return f"GPUs of {least} GB and more" if least is not None else f"more than a GPU of {_GPUS[-1]} GB has"
+
+
 def _forecast_part(
-    name: str, kind: str, weights: Weights | None, requested: Precision, plan: "Plan", upcast: bool
+    name: str, kind: str, weights: Weights | None, options: ExportOptions, plan: "Plan", upcast: bool
 ) -> PartForecast:
     if weights is None:
         return PartForecast(name, kind, "")
+    requested = options.precision
     part = "vae" if name.startswith("vae_") else name
     is_graph = part in plan.graphs
     precision, reason = str(requested), ""
@@ -201,10 +268,25 @@ def _forecast_part(
         size = products + 4 * (weights.parameters - products)
     else:
         size = WIDTHS[precision] * weights.parameters
+    narrow: WeightFormat = ""
+    if options.weight_format and is_graph and name.startswith(("transformer", "text_encoder")):
+        narrow = options.weight_format
+        size -= round(weights.products * (WIDTHS[precision] - _narrow_width(WIDTHS[precision], options)))
+    elif options.weight_format and name.startswith((*DENOISERS, "text_encoder")):
+        reason = reason or "--weight-format applies only to the graphs of transformers and text encoders"
+    on_gpu = size
+    if plan.backend == "torch":
+        on_gpu = WIDTHS["bf16"] * weights.parameters  # PyTorch runs in half precision on a GPU
     if precision == "fp16" and is_graph and part in _FUSED:
         size *= 2  # The second graph, with fused CUDA operators, has its own weights.
     backend = "onnx" if is_graph else "torch"
-    return PartForecast(name, kind, backend, weights.parameters, weights.stored, precision, size, reason)
+    return PartForecast(name, kind, backend, weights.parameters, weights.stored, precision, size, reason, narrow, on_gpu)
+
+
+def _narrow_width(width: int, options: ExportOptions) -> float:
+    """Bytes of a quantized weight: its bits, and its part of a block's scale (of `width` bytes) and zero point."""
+    bits = {"int8": 8, "int4": 4}[options.weight_format]
+    return bits / 8 + (width + bits / 8) / options.group_size
 
 
 def _in_memory(part: PartForecast) -> int:

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from img2img_server.bundle.manifest import Precision
+from img2img_server.bundle.manifest import Precision, WeightFormat
 
 from img2img_export.cli.terminal import Display, as_json, choose
 from img2img_export.errors import ExportError
-from img2img_export.options import Backend, ExportOptions, LoraFile
+from img2img_export.options import GROUP_SIZES, Backend, ExportOptions, LoraFile
 from img2img_export.progress import Progress
 from img2img_export.report import open_console
 
@@ -110,6 +110,19 @@ def _add_making(group: Any) -> None:
         choices=get_args(Precision),
         default="fp32",
         help="precision of the weights (default: %(default)s); int8 calibrates UNet and VAE decoder",
+    )
+    group.add_argument(
+        "--weight-format",
+        choices=[name for name in get_args(WeightFormat) if name],
+        default="",
+        help="store the matrices of transformers and text encoders in 8 or 4 bits; products compute in --precision",
+    )
+    group.add_argument(
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        default=GROUP_SIZES[0],
+        help="weights that share a scale with --weight-format (default: %(default)s); more are smaller and less accurate",
     )
     group.add_argument(
         "--backend",
@@ -218,6 +231,8 @@ def options_of(arguments: argparse.Namespace) -> ExportOptions:
         allow_unverified=arguments.allow_unverified,
         lora_graphs=arguments.lora_graphs,
         speedups=arguments.speedups,
+        weight_format=arguments.weight_format,
+        group_size=arguments.group_size,
     )
 
 
@@ -230,11 +245,13 @@ def _export(options: ExportOptions, display: Display) -> None:
 
 def _dry_run(options: ExportOptions, display: Display, json: bool) -> None:
     from img2img_export import controlnet
+    from img2img_export.build import check_weight_format
     from img2img_export.cli.dry_run import forecast, show, survey
     from img2img_export.convert.models import plan
 
     # With --json the forecast is the only output.
     checkpoint, contents = survey(options, Progress() if json else display)
+    check_weight_format(options, checkpoint.kind)
     planned = controlnet.plan() if checkpoint.kind == "controlnet" else plan(checkpoint.layout, options.backend)
     found = forecast(checkpoint, options, planned, contents)
     if json:
@@ -253,6 +270,7 @@ def record_of(outcome: "Outcome") -> dict[str, Any]:
         "backend": manifest.backend,
         "backend_reason": manifest.backend_reason,
         "precision": manifest.precision,
+        "weight_format": manifest.weight_format,
         "bytes": sum(path.stat().st_size for path in outcome.path.rglob("*") if path.is_file()),
         "up_to_date": outcome.up_to_date,
         "verification": dataclasses.asdict(manifest.verification),

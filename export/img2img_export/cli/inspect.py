@@ -146,7 +146,7 @@ def show(found: Inspection, console: "Console") -> None:
         (
             part.name,
             {"onnx": "ONNX graph", "torch": "PyTorch"}[part.backend],
-            part.precision,
+            part.numbers,
             str(part.opset or ""),
             quantity(part.bytes) if part.bytes else "",
             part.fused,
@@ -194,7 +194,7 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         *((name, ", ".join(patterns)) for name, patterns in _patterns(manifest)),
         ("pipeline", f"{manifest.pipeline_class} (family {manifest.family})"),
         ("backend", manifest.backend + (f": {manifest.backend_reason}" if manifest.backend_reason else "")),
-        ("precision", manifest.precision),
+        ("precision", manifest.precision + (f", weights in {manifest.weight_format}" if manifest.weight_format else "")),
         *(("LoRA", f"{lora.name} at {lora.scale:g}") for lora in manifest.loras),
         ("image sizes", f"multiples of {manifest.size_multiple} pixels" if manifest.size_multiple else ""),
         ("size", f"{quantity(found.bytes)} in {len(manifest.files)} files"),

@@ -63,10 +63,16 @@ def open_beside(model: ModelProto, folder: Path) -> onnxruntime.InferenceSession
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    if not _quantizes_activations(model):
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _quantizes_activations(model: ModelProto) -> bool:
+    """Whether products compute in int8 (weight_only.py), which the CPU provider does for prepacked weights only."""
+    return any(item.name == "accuracy_level" and item.i for node in model.graph.node for item in node.attribute)
 
 
 def _emulated_node(node: NodeProto, inputs: dict[str, str], weights: set[str], narrow: set[str], half: int) -> list[NodeProto]:

@@ -182,7 +182,34 @@ class SD3Transformer(GraphKind):
 
 
 class FluxTransformer(GraphKind):
-    """Flux' transformer."""
+    """Flux' transformer. Its `forward` rounds timestep and guidance to the weights' type before it takes their sines, which are
+    then of angles up to 2 radians off; the graph takes those of the numbers themselves."""
+
+    EXACT = ("timestep", "guidance")
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[None]:
+        """Also exchanges the embedding of timestep and guidance."""
+        kind: Any = transformer_flux.FluxTransformer2DModel
+        rounding = kind.forward
+
+        def forward(model: Any, **inputs: Any) -> Any:
+            numbers = [inputs[name].float() * 1000 for name in self.EXACT if inputs.get(name) is not None]
+            embedding = model.time_text_embed
+
+            def embed(*rounded: torch.Tensor) -> torch.Tensor:
+                pooled = rounded[-1]
+                embedded = embedding.timestep_embedder(embedding.time_proj(numbers[0]).to(pooled.dtype))
+                for guidance in numbers[1:]:
+                    embedded = embedded + embedding.guidance_embedder(embedding.time_proj(guidance).to(pooled.dtype))
+                total: torch.Tensor = embedded + embedding.text_embedder(pooled)
+                return total
+
+            with patch.object(embedding, "forward", embed):
+                return rounding(model, **inputs)
+
+        with super().patched(), patch.object(kind, "forward", forward):
+            yield
 
     @property
     def inputs(self) -> Axes:

@@ -65,7 +65,7 @@ def to_int8(graph: ExternalWeightsGraph, chosen: Callable[[NodeProto, Weight], b
     nodes: list[NodeProto] = []
     integers: set[str] = set()
     for node in graph.model.graph.node:
-        matrix = _matrix(node, graph.weights)
+        matrix = matrix_of(node, graph.weights)
         if matrix is None or not wanted(node, matrix):
             nodes.append(node)
             continue
@@ -89,10 +89,10 @@ def is_worthwhile(node: NodeProto, matrix: Weight) -> bool:
     return matrix.shape[0] >= LEAST_ROWS and not any(part in node.name for part in SKIPPED)
 
 
-def _matrix(node: NodeProto, weights: dict[str, Weight]) -> Weight | None:
+def matrix_of(node: NodeProto, weights: dict[str, Weight]) -> Weight | None:
     """The constant matrix [K, N] of a plain MatMul or Gemm (with an optional bias), else None."""
     weight = weights.get(node.input[1]) if node.op_type in ("MatMul", "Gemm") else None
-    if weight is None or len(weight.shape) != 2 or weight.dtype != torch.float32 or weight.is_reshaped:
+    if weight is None or len(weight.shape) != 2 or not weight.dtype.is_floating_point or weight.is_reshaped:
         return None
     if node.op_type == "MatMul":
         return weight

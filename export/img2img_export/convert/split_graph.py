@@ -18,7 +18,7 @@ from img2img_export.convert.external_weights import GRAPH_NAME
 _SEEDS = frozenset({"timestep", "time_ids"})
 """The inputs (times and sizes) that are embedded as sines and cosines."""
 
-_HEAVY = frozenset({"Gemm", "MatMul", "Conv"})
+_HEAVY = frozenset({"Gemm", "MatMul", "MatMulNBits", "Conv"})
 _FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16})
 
 

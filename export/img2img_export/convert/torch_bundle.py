@@ -20,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 def save(pipeline: Any, graphs: tuple[str, ...], precision: str, bundle: Path) -> tuple[Component, ...]:
     """Saves all of `pipeline` except the components `graphs` into the directory `bundle`; returns the components with weights.
 
-    The pipeline's weights are converted in place.
+    The pipeline's weights are converted in place, and dropped.
     """
     saved = []
     with quiet():
@@ -32,6 +32,7 @@ def save(pipeline: Any, graphs: tuple[str, ...], precision: str, bundle: Path) -
                 part.to(DTYPES[precision])
                 cast(Any, part).save_pretrained(bundle / name, safe_serialization=True)
                 saved.append(_describe(name, part))
+                part.to("meta")  # a converted component is in memory, and the next one need not be beside it
             else:
                 part.save_pretrained(bundle / name)
             if isinstance(part, PreTrainedTokenizerBase):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from img2img_server.bundle.manifest import LEAST_CONTRAST, LIMITS, ImageParity, Manifest, Precision
+from img2img_server.bundle.manifest import LEAST_CONTRAST, ImageParity, Manifest, Precision, WeightFormat, limits_of
 from img2img_server.engine.request import Request
 from img2img_server.errors import BundleError, ServerError
 from img2img_server.runtime.accuracy_check import psnr_db
@@ -146,7 +146,8 @@ def compare_images(
     with loaded(bundle, manifest, precision) as pipeline:
         images = [run_alone(pipeline, case.request)[0] for case in cases]
     compared = zip(cases, images, references, strict=True)
-    return tuple(measure(case.name, image, reference, precision) for case, image, reference in compared), images
+    narrow = manifest.weight_format
+    return tuple(measure(case.name, image, reference, precision, narrow) for case, image, reference in compared), images
 
 
 @contextlib.contextmanager
@@ -162,7 +163,9 @@ def loaded(bundle: Path, manifest: Manifest, precision: Precision) -> Iterator[A
     from img2img_export.convert.emulation import open_emulated
 
     def open_graph(path: Path, options: SessionOptions) -> Any:
-        return open_emulated(path) if precision in ("fp16", "bf16") else open_session(path, replace(options, lean=True))
+        # Products with quantized weights compute in another way if these are not prepacked.
+        lean = not manifest.weight_format
+        return open_emulated(path) if precision in ("fp16", "bf16") else open_session(path, replace(options, lean=lean))
 
     threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
     try:
@@ -176,11 +179,13 @@ def loaded(bundle: Path, manifest: Manifest, precision: Precision) -> Iterator[A
         torch.set_grad_enabled(gradients)
 
 
-def measure(case: str, image: Image.Image, reference: Image.Image, precision: Precision = "fp32") -> ImageParity:
+def measure(
+    case: str, image: Image.Image, reference: Image.Image, precision: Precision = "fp32", weight_format: WeightFormat = ""
+) -> ImageParity:
     """Compares two RGB images. A different size fails, and so does an image of one colour (which NaNs decode to)."""
     if image.size != reference.size:
         return ImageParity(case, 255, 0.0, False, ssim=0.0)
-    limits = LIMITS[precision]
+    limits = limits_of(precision, weight_format)
     actual, expected = np.asarray(image.convert("RGB")), np.asarray(reference.convert("RGB"))
     difference = np.abs(actual.astype(np.int16) - expected.astype(np.int16))
     psnr = psnr_db(image, reference)

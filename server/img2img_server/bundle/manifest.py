@@ -27,6 +27,10 @@ HEAD_NAME, BODY_NAME = "head.onnx", "body.onnx"
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 """Precision of a graph's weights and computation."""
 
+WeightFormat = Literal["", "int8", "int4"]
+"""How the matrices of transformers and text encoders are stored: "" in their graph's precision, else in so many bits (weight-only
+quantization). Products compute in the graph's precision."""
+
 LEAST_CONTRAST = 2.0
 """Minimum standard deviation of an image, in steps of 1/255. Images below are constant or black, as NaNs decode to."""
 
@@ -57,6 +61,28 @@ LIMITS: dict[Precision, AccuracyLimits] = {
     "int8": AccuracyLimits(1e-1, 1.0, 255, 22.0, 0.85),
 }
 """The limits of each precision."""
+
+WEIGHT_LIMITS: dict[WeightFormat, AccuracyLimits] = {
+    "int8": AccuracyLimits(5e-2, 0.5, 255, 30.0, 0.95),
+    # Rounding to 4 bits changes normally distributed weights by 8 to 10 %.
+    "int4": AccuracyLimits(3e-1, 3.0, 255, 22.0, 0.85),
+}
+"""The limits of weight-only quantization."""
+
+
+def limits_of(precision: Precision, weight_format: WeightFormat = "") -> AccuracyLimits:
+    """The limits of a precision with weights in `weight_format`: of each number the looser one."""
+    own, more = LIMITS[precision], WEIGHT_LIMITS.get(weight_format)
+    if more is None:
+        return own
+    return AccuracyLimits(
+        max(own.relative_error, more.relative_error),
+        max(own.worst, more.worst),
+        max(own.max_abs_error, more.max_abs_error),
+        min(own.psnr_db, more.psnr_db),
+        min(own.ssim, more.ssim),
+    )
+
 
 _T = TypeVar("_T")
 
@@ -103,7 +129,8 @@ class Component:
     bundle of a second graph with ONNX Runtime's fused operators for CUDA, or empty. `bytes` is the size of the weights.
     `lora`, `control` and `light` are the paths of its LoRA graph, and of a UNet's graphs for ControlNets and of its light graph
     (speedups.py); `fused_lora` and so on are those with fused operators. `kept_in_fp32` are the layers of a graph in static int8
-    that stayed in fp32 because they were sensitive, the worst first.
+    that stayed in fp32 because they were sensitive, the worst first. `weight_format` is "int8" or "int4" if matrices are
+    quantized (weight-only); `precision` is then that of everything else.
     """
 
     name: str
@@ -124,6 +151,12 @@ class Component:
     fused_control: str = ""
     control_lora: str = ""
     fused_control_lora: str = ""
+    weight_format: WeightFormat = ""
+
+    @property
+    def numbers(self) -> str:
+        """The precision and the weights' format, for people."""
+        return f"{self.precision}, weights in {self.weight_format}" if self.weight_format else self.precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +234,7 @@ class Manifest:
     denoiser is a graph and the rest runs in PyTorch; `backend_reason` says why it is not "onnx". `precision` is the requested
     one. `size_multiple` is the number of pixels of which width and height must be multiples, if the graphs need more than the
     pipeline's class. `references` are the reference images; () if the bundle was made without diffusers. `speedups` are what
-    `--speedups` measured.
+    `--speedups` measured. `weight_format` is the requested format of matrices.
     """
 
     source: Source
@@ -220,6 +253,7 @@ class Manifest:
     size_multiple: int | None = None
     references: tuple[Reference, ...] = ()
     speedups: Speedups = NONE
+    weight_format: WeightFormat = ""
     format_version: int = FORMAT_VERSION
 
     @property

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from img2img_server.bundle.manifest import LEAST_CONTRAST, LIMITS, Manifest, Precision, Reference
+from img2img_server.bundle.manifest import LEAST_CONTRAST, Manifest, Precision, Reference, WeightFormat, limits_of
 from img2img_server.engine.request import Pipeline, Request, run_alone
 from img2img_server.errors import BundleError, ServerError
 from img2img_server.runtime.onnx.providers import ERRORS
@@ -75,9 +75,10 @@ def compare(known: Sequence[ReferenceCase], drawn: Sequence[Image.Image], least_
     return Verdict(True, "", worst)
 
 
-def least_psnr_db(precision: Precision) -> float:
-    """Minimum PSNR in decibels of an image drawn in `precision`: the limit of the export's verification."""
-    return LIMITS[precision].psnr_db
+def least_psnr_db(precision: Precision, weight_format: WeightFormat = "") -> float:
+    """Minimum PSNR in decibels of an image drawn in `precision` with weights in `weight_format`: the limit of the export's
+    verification."""
+    return limits_of(precision, weight_format).psnr_db
 
 
 def psnr_db(image: Image.Image, reference: Image.Image) -> float:

@@ -182,7 +182,7 @@ def assemble(
     slots = 0 if loras is None or family_of(manifest) is None else loras.slots
     components = Components(
         bundle, manifest, make, provider=provider, device=tensors, tensors=tensors, vae_memory=memory, lora_slots=slots,
-        light=LIGHT if family_of(manifest) is not None else {},
+        light=LIGHT if family_of(manifest) is not None else {}, compiles=execution.compile,
     )  # fmt: skip
     engine = f"{manifest.backend}:{provider}"
     if manifest.family == FAMILY:
@@ -275,7 +275,7 @@ def _judged(
     held: list[Pipeline] = []
     try:
         held.append(quick())
-        verdict = accuracy_check.judge(held[0], bundle, manifest, accuracy_check.least_psnr_db(precision))
+        verdict = accuracy_check.judge(held[0], bundle, manifest, accuracy_check.least_psnr_db(precision, manifest.weight_format))
     except OutOfMemory:
         # float32 takes even more memory.
         measured_choice.free(held)

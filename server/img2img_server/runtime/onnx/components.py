@@ -17,6 +17,7 @@ from img2img_server.errors import BundleError
 from img2img_server.runtime.common import clip_tokenizer
 from img2img_server.runtime.common.clip_tokenizer import LightCLIPTokenizer
 from img2img_server.runtime.common.diffusers_import import diffusers
+from img2img_server.runtime.common.fp32_compute import compute_in_fp32
 from img2img_server.runtime.common.processors import loadable
 from img2img_server.runtime.common.weight_budget import within
 from img2img_server.runtime.lora.graph import AdaptedGraph, Unadapted
@@ -27,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 _GRAPH = "model.onnx"
 _LIBRARIES = ("diffusers", "transformers")
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""The types of weights in half precision."""
 LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 """Errors that diffusers and transformers raise for invalid files."""
 
@@ -38,7 +41,8 @@ class Components:
     `make` makes runners for `provider`. `tensors` is the device on which runners expect tensors, `device` that of the pipeline's
     tensors and torch modules: "cpu" or "cuda". A VAE call takes at most `vae_memory` bytes, None for no bound. With
     `lora_slots` LoRA graphs are opened, too, for so many different LoRAs in a call. `light` has pipelines that replace diffusers'
-    classes (diffusion/light.py), by their names.
+    classes (diffusion/light.py), by their names. torch modules keep their weights in the bundle's precision and compute in fp32;
+    with `compiles` (torch.compile, which cannot have that) their weights are fp32.
     """
 
     bundle: Path
@@ -50,6 +54,7 @@ class Components:
     vae_memory: int | None = None
     lora_slots: int = 0
     light: Mapping[str, Any] = field(default_factory=dict)
+    compiles: bool = False
 
     def pipeline(self) -> Any:
         """Builds the manifest's img2img class from the bundle's components. Raises BundleError if one does not fit."""
@@ -102,7 +107,14 @@ class Components:
             if library == "transformers":
                 return OnnxTextEncoder(self._graph(name), folder, self.device, read_config(folder) if light else None)
             return OnnxDenoiser(self._graph(name), folder, self.device, self._light_graph(name), self._control(name))
-        return _load(component_class(library, class_name), folder)
+        return _load(component_class(library, class_name), folder, self._stored(name))
+
+    def _stored(self, name: str) -> torch.dtype:
+        """The type that the weights of a torch module are kept in."""
+        component = next((item for item in self.manifest.components if item.name == name), None)
+        if component is None or self.compiles:
+            return torch.float32
+        return _DTYPES.get(component.precision, torch.float32)
 
     def _has_graph(self, name: str) -> bool:
         return (self.bundle / name / _GRAPH).is_file()
@@ -219,20 +231,24 @@ def component_class(library: str, class_name: str) -> Any:
     return found
 
 
-def _load(kind: Any, folder: Path) -> Any:
-    """Loads an object of a diffusers or transformers class from a folder; models in float32, from safetensors."""
+def _load(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """Loads an object of a diffusers or transformers class from a folder; models from safetensors, with weights in `dtype`, to
+    compute in float32."""
     try:
         kind = loadable(kind)
     except ImportError as error:
         raise BundleError(f"{folder} does not load: {error}") from error
     settings: dict[str, Any] = {"local_files_only": True}
     if inspect.isclass(kind) and issubclass(kind, torch.nn.Module):
-        settings |= {"torch_dtype": torch.float32, "use_safetensors": True}
+        settings |= {"torch_dtype": dtype, "use_safetensors": True}
     elif kind.__module__.startswith("transformers."):
         # If unset, transformers asks at the terminal whether to run code from the bundle or a repository that it names.
         settings["trust_remote_code"] = False
     try:
         with within(folder.glob("*.safetensors")):
-            return kind.from_pretrained(folder, **settings)
+            loaded = kind.from_pretrained(folder, **settings)
     except LOAD_ERRORS as error:
         raise BundleError(f"{folder} does not load: {error}") from error
+    if isinstance(loaded, torch.nn.Module):
+        compute_in_fp32(loaded)
+    return loaded

@@ -60,7 +60,7 @@ class Placement:
 
     def __init__(self, bundle: Path, manifest: Manifest, choice: Choice, open_graph: Open) -> None:
         self._bundle = bundle
-        self._precisions = {component.name: component.precision for component in manifest.components}
+        self._precisions = {component.name: component.numbers for component in manifest.components}
         self._why = "".join(f"; not on {probe}" for probe in choice.declined)
         self._open = open_graph
         self._opened: list[tuple[SessionOptions, dict[str, int]]] = []

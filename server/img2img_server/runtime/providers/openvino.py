@@ -51,6 +51,7 @@ _REFUSED = {
     "bf16": "the results of bf16 graphs are wrong in OpenVINO 2026.4",
 }
 """Why graphs of some precisions are not run."""
+_NARROW = "its weights are quantized by an operator of ONNX Runtime"
 
 _TYPES = {
     "f32": "tensor(float)",
@@ -167,7 +168,9 @@ class Graphs:
 
     def _refusal(self, name: str) -> str:
         component = next((item for item in self._manifest.components if item.name == name), None)
-        return _REFUSED.get(component.precision, "") if component is not None else ""
+        if component is None:
+            return ""
+        return _REFUSED.get(component.precision, _NARROW if component.weight_format else "")
 
     def _on_cpu(self, graph: Path) -> Runner:
         return HostRunner(self._open(graph, SessionOptions("cpu", self._compile.threads)))

@@ -75,7 +75,11 @@ class TensorRTCandidate:
 
     def build(self, tell: Callable[[str, float], None], stop: Stop) -> None:
         """Builds each component, or finds it in the cache. Progress is counted in components, by the bytes of their weights."""
-        parts = [item for item in self._manifest.components if item.name in tensorrt.COMPONENTS and item.precision != "int8"]
+        parts = [
+            item
+            for item in self._manifest.components
+            if item.name in tensorrt.COMPONENTS and item.precision != "int8" and not item.weight_format
+        ]
         if not parts or self._profile is None:
             raise BundleError("the bundle has no component for which TensorRT can build an engine")
         sizes, total, done = Sizes(self._bundle), sum(part.bytes for part in parts) or 1, 0
@@ -117,7 +121,9 @@ class TensorRTCandidate:
         precision: Precision = self._manifest.precision  # type: ignore[assignment]
         if precision == "fp32" and self._workshop.execution.arithmetic == "auto":
             precision = "fp16"
-        return accuracy_check.compare(self._cases, images, accuracy_check.least_psnr_db(precision)).problem
+        return accuracy_check.compare(
+            self._cases, images, accuracy_check.least_psnr_db(precision, self._manifest.weight_format)
+        ).problem
 
     def settle(self) -> None:
         """Waits for the GPU."""
