@@ -11,12 +11,13 @@ import pytest
 import torch
 from img2img_export.convert.emulation import open_beside
 from img2img_export.convert.external_weights import ExternalWeightsGraph, Weight
-from img2img_export.convert.fusion import DOMAIN, fuse
+from img2img_export.convert.fusion import DOMAIN, _Optimizer, fuse
 from img2img_export.convert.parts import Part, Tensors, denoiser_part, flatten, vae_parts
 from img2img_export.convert.tracing import convert, trace
 from img2img_export.progress import Progress
 from img2img_export.verify.contrib_functions import expanded, open_expanded
 from onnx import TensorProto, helper
+from onnxruntime.transformers.onnx_model_unet import UnetOnnxModel
 from torch.nn import functional
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based:DeprecationWarning")
@@ -100,6 +101,15 @@ def test_every_fusable_pattern_of_a_unet_is_fused(unet: Traced) -> None:
     assert fused["NhwcConv"] == plain["Conv"]
     assert fused["SkipGroupNorm"] > fused["GroupNorm"]
     assert sum(fused.values()) < sum(plain.values()) / 3
+
+
+def test_shapes_inferred_once_give_the_graph_of_shapes_inferred_by_each_pass(
+    unet: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = fuse(unet[3])
+    monkeypatch.setattr(_Optimizer, "infer_runtime_shape", UnetOnnxModel.infer_runtime_shape)
+
+    assert fuse(unet[3]).model == once.model
 
 
 def test_fused_unet_computes_the_same(unet: Traced, tmp_path: Path) -> None:
