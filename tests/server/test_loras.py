@@ -271,7 +271,8 @@ def test_the_plain_graph_runs_if_no_row_has_a_lora(bundle: Get, loras: Get) -> N
 def slot_bytes_of(module: Any) -> int:
     """The memory of two slots and the zeros at rank 16, in fp32, without LoRAs of 3 x 3 convolutions."""
     (graph,) = module.graphs
-    return 3 * 4 * sum((1 if layer.taps > 1 else 16) * (layer.taps * layer.ins + layer.outs) for layer in graph.layers)
+    values: int = sum((1 if layer.taps > 1 else 16) * (layer.taps * layer.ins + layer.outs) for layer in graph.layers)
+    return 3 * 4 * values
 
 
 def test_slots_count_in_the_memory_of_a_model_once_they_are_made(bundle: Get, loras: Get) -> None:
