@@ -44,12 +44,14 @@ def brief(preview: bool = False) -> Iterator[None]:
 
 @contextmanager
 def short_speedups() -> Iterator[None]:
-    """Within it, an export measures two speedups of each kind on three images of few steps, and keeps those that random weights
-    give."""
+    """Within it, an export measures one or two speedups of each kind on three images of few steps, and keeps those that random
+    weights give."""
     with (
         patch.object(speedups, "_PROMPTS", speedups._PROMPTS[:1]),
         patch.object(speedups, "_FULL_SHARES", (0.4,)),
         patch.object(speedups, "_PERIODS", (2, 3)),
+        patch.object(speedups, "_CALLED_SHARES", (0.6,)),
+        patch.object(speedups, "_WITH_FEWER", ((0.4, 2),)),
         patch.object(speedups, "DEFAULT_STEPS", 8),
         patch.object(speedups, "_LEAST_PSNR_DB", 0.0),
     ):

@@ -18,6 +18,10 @@ from img2img_export.verify.images import measure, sample_image
 
 _FULL_SHARES = (0.2, 0.4, 0.6)
 _PERIODS = (2, 3, 5)
+_CALLED_SHARES = (0.75, 0.6, 0.45)
+"""Of the steps in which the model is called: alone, and with each of _WITH_FEWER."""
+_WITH_FEWER = ((0.2, 2), (0.4, 2))
+"""Full shares and periods that are combined with fewer calls."""
 _LEAST_PSNR_DB = 25.0
 """Images that differ more are of no use: such a setting is given up at its first image below."""
 _LEAST_TIMES = 1.05
@@ -96,11 +100,19 @@ def _grid(pipeline: SteppedPipeline, is_guided: bool) -> Iterator[Speedup]:
     kinds = [(is_guided, pipeline.speedups.has_features)]
     if is_guided and pipeline.speedups.has_features:
         kinds.append((True, False))
+    kinds = [kind for kind in kinds if any(kind)]
     for (guidance, features), share, period in itertools.product(kinds, _FULL_SHARES, _PERIODS):
-        if guidance or features:
-            what = " and ".join(filter(None, ("guidance" * guidance, "features" * features)))
-            name = f"{what} kept, {share:.0%} of the steps full, then one of {period}"
-            yield Speedup(name, share, period, guidance, features)
+        yield Speedup(_name(guidance, features, share, period), share, period, guidance, features)
+    for called in _CALLED_SHARES:
+        fewer = f"model called in {called:.0%} of the steps"
+        yield Speedup(fewer, 1.0, 1, False, False, called)
+        for (guidance, features), (share, period) in itertools.product(kinds[:1], _WITH_FEWER):
+            yield Speedup(f"{fewer}; {_name(guidance, features, share, period)}", share, period, guidance, features, called)
+
+
+def _name(guidance: bool, features: bool, share: float, period: int) -> str:
+    what = " and ".join(filter(None, ("guidance" * guidance, "features" * features)))
+    return f"{what} kept, {share:.0%} of the steps full, then one of {period}"
 
 
 def _measure(

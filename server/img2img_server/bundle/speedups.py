@@ -11,12 +11,14 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
-    """A way to compute some steps of a request, the light ones, in part.
+    """A way to call the model in fewer steps of a request, and to compute some of these, the light ones, in part.
 
-    The first `full_share` of the steps (rounded up) are full, and of the others every `period`-th, beginning with the first; the
-    rest are light. With `keeps_guidance`, a light step takes one row for an image instead of two: it predicts for the prompt only
-    and is guided by the difference that the prompt made in the last full step. With `keeps_features`, a light step computes the
-    outer blocks of the UNet only, on the deep features of the last full step.
+    The model is called in `called_share` of a request's steps, evenly chosen, the first among them; in the others its output is
+    extrapolated from the last two calls. Of the called steps, the first `full_share` (rounded up) are full, and of the others
+    every `period`-th, beginning with the first; the rest are light. With `keeps_guidance`, a light step takes one row for an
+    image instead of two: it predicts for the prompt only and is guided by the difference that the prompt made in the last full
+    step. With `keeps_features`, a light step computes the outer layers of the denoiser only, on the features of the last full
+    step.
 
     The rest was measured on the reference requests, against the images of full steps: `times_faster` in work of the denoiser
     (rows, weighted by `Speedups.light_cost`) and `cpu_times_faster` in CPU
@@ -29,6 +31,7 @@ class Speedup:
     period: int
     keeps_guidance: bool
     keeps_features: bool
+    called_share: float = 1.0
     times_faster: float = 1.0
     cpu_times_faster: float = 1.0
     psnr_db: float = 0.0
@@ -36,8 +39,12 @@ class Speedup:
     ssim: float = 0.0
     mean_ssim: float = 0.0
 
+    def calls(self, count: int) -> int:
+        """In how many of a request's `count` steps the model is called: at least one."""
+        return max(1, min(count, math.ceil(self.called_share * count - _ROUNDING)))
+
     def light_steps(self, count: int) -> tuple[bool, ...]:
-        """Which of a request's `count` steps are light."""
+        """Which of `count` steps are light."""
         start = math.ceil(self.full_share * count - _ROUNDING)
         return tuple(step >= start and (step - start) % self.period != 0 for step in range(count))
 
@@ -51,7 +58,7 @@ class Speedups:
     """The speedups of a bundle, the fastest first; none if they were not measured.
 
     They were measured on `images` requests with the bundle's own scheduler, at least `least_steps` inference steps and a guidance
-    scale of at most `most_guidance`. `light_cost` is the cost of a row of the UNet's outer blocks, relative to the whole UNet's.
+    scale of at most `most_guidance`. `light_cost` is the cost of a row of the light graph, relative to the whole one's.
     """
 
     table: tuple[Speedup, ...] = ()
@@ -65,6 +72,7 @@ NONE = Speedups()
 """No speedups."""
 
 LIGHT_NAME = "light.onnx"
-"""The light graph of a UNet, beside the whole one, with which it shares the weights' file."""
+"""The light graph of a denoiser, beside the whole one, with which it shares the weights' file."""
 FEATURES = "deep_features"
-"""The whole graph's second output, which the light graph takes: the hidden states [R, C, h, w] before the UNet's last layer."""
+"""The whole graph's second output, which the light graph takes: a UNet's hidden states [R, C, h, w] before its last layer, or
+what a transformer's blocks after the first add to the image's tokens, [R, N, C]."""

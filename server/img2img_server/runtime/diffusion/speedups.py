@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from img2img_server.bundle.speedups import Speedup, Speedups
 from img2img_server.engine.request import Request, RequestWarning, StepCall, UsedSpeedup
+from img2img_server.runtime.schedulers.cache import CachedScheduler
 
 EXACT_CODE = "FIDELITY_EXACT"
 """The code of the warning that a request with a bound runs all its steps in full."""
@@ -13,13 +14,18 @@ _LIGHT = "light"
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What a request skips. `light` says for each of its steps whether it is light; empty without a `speedup`. `reason` is why a
-    request that allows one has none."""
+    """What a request skips. `light` says for each of the steps in which it calls the model whether it is light; empty without a
+    `speedup`. `reason` is why a request that allows one has none."""
 
     speedup: Speedup | None = None
     light: tuple[bool, ...] = ()
     times_faster: float = 1.0
     reason: str = ""
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether the model is called in a part of the steps only."""
+        return self.speedup is not None and self.speedup.called_share < 1
 
     @property
     def used(self) -> UsedSpeedup | None:
@@ -44,14 +50,15 @@ class SpeedupChooser:
     scheduler: str
     has_features: bool
 
-    def choose(self, request: Request, count: int, is_guided: bool) -> Chosen:
-        """The speedup of a request of `count` steps; `is_guided` if its steps have two rows for an image."""
+    def choose(self, request: Request, scheduler: CachedScheduler, is_guided: bool) -> Chosen:
+        """The speedup of a request with this scheduler; `is_guided` if its steps have two rows for an image."""
         if request.fidelity.is_exact:
             return Chosen()
         if reason := self._obstacle(request):
             return Chosen(reason=reason)
-        able = [one for one in self.speedups.table if self.has_features or not one.keeps_features]
-        kept = [self._of(one, count, is_guided) for one in able if one.keeps(request.fidelity.psnr_db, request.fidelity.ssim)]
+        bound = request.fidelity
+        able = self._able(scheduler)
+        kept = [self._of(one, len(scheduler.times), is_guided) for one in able if one.keeps(bound.psnr_db, bound.ssim)]
         if not kept:
             return Chosen(reason=f"no speedup of this model keeps a fidelity of {request.fidelity}")
         best = max(kept, key=lambda one: one.times_faster)
@@ -62,7 +69,7 @@ class SpeedupChooser:
     def calls(self, chosen: Chosen, shape: Hashable, pixels: int, images: int, is_guided: bool) -> tuple[StepCall, ...]:
         """The request's part in the call of each step, of which a full one has `shape` and `pixels`."""
         one = chosen.speedup
-        if one is None:
+        if one is None or True not in chosen.light:
             return ()
         full = StepCall(shape, pixels, images * (2 if is_guided else 1))
         light = StepCall(
@@ -89,11 +96,17 @@ class SpeedupChooser:
             return f"its speedups were measured with a guidance scale of up to {known.most_guidance:g}"
         return ""
 
+    def _able(self, scheduler: CachedScheduler) -> list[Speedup]:
+        """Those that are possible with this denoiser and scheduler."""
+        able = [one for one in self.speedups.table if self.has_features or not one.keeps_features]
+        return able if scheduler.can_extrapolate else [one for one in able if one.called_share == 1]
+
     def _of(self, speedup: Speedup, count: int, is_guided: bool) -> Chosen:
-        light = speedup.light_steps(count)
+        called = speedup.calls(count)
+        light = speedup.light_steps(called)
         rows = 0.5 if speedup.keeps_guidance and is_guided else 1.0
         cost = rows * (self.speedups.light_cost if speedup.keeps_features else 1.0)
-        return Chosen(speedup, light, count / (count - light.count(True) * (1 - cost)))
+        return Chosen(speedup, light, count / (called - light.count(True) * (1 - cost)))
 
 
 def no_speedup(request: Request, reason: str) -> Sequence[RequestWarning]:

@@ -39,10 +39,10 @@ class DiffusionState:
     `latents` is [n, C, h, w], on the device. `conditioning`, on the device, has n rows, or 2n if the request is `guided`, the
     negative prompt's first; `guidance` is then the scale. `timesteps` [S] are on the CPU; `times` are the same as numbers.
     `trajectory` is its state in the linear solver; None for a scheduler that is not linear, of which it has its own copy,
-    `scheduler`. `begun` is the cached scheduler with these timesteps set, shared and never stepped. `blend` keeps the source
-    outside the request's mask; None without one, or if the UNet does so by itself. With a `speedup`, `light` says which steps are
-    light; these use the `difference` [n, C, h, w] that the prompt made in the last full step, and its deep `features`, with a row
-    for each row of that step.
+    `scheduler`. `begun` is the cached scheduler, shared and never stepped; `indices` are the positions of these
+    timesteps in its own. `blend` keeps the source outside the request's mask; None without one, or if the UNet does so by itself.
+    With a `speedup`, `light` says which steps are light; these use the `difference` [n, C, h, w] that the prompt made in the last
+    full step, and its deep `features`, with a row for each row of that step.
     """
 
     request: Request
@@ -55,6 +55,7 @@ class DiffusionState:
     guided: bool
     guidance: float
     begun: Any
+    indices: tuple[int, ...]
     scheduler: Any = None
     step_arguments: dict[str, Any] = field(default_factory=dict)
     step: int = 0
@@ -140,8 +141,8 @@ class DiffusionState:
         seen = self.predicted
         if seen is None:
             return None
-        index = len(self.begun.timesteps) - len(self.timesteps) + seen.step
-        drawn = predict_original(self.begun, index, self.timesteps[seen.step], seen.sample, seen.output, seen.input_scale)
+        index, timestep = self.indices[seen.step], self.timesteps[seen.step]
+        drawn = predict_original(self.begun, index, timestep, seen.sample, seen.output, seen.input_scale)
         if drawn is None or self.blend is None:
             return drawn
         return drawn * self.blend.redrawn[:1] + self.blend.original[:1]

@@ -30,7 +30,7 @@ from img2img_server.runtime.control.controls import ModelControls, NoControls, R
 from img2img_server.runtime.diffusion import preview
 from img2img_server.runtime.diffusion.conditioning import Embedding, Encoder
 from img2img_server.runtime.diffusion.masking import Blend, kept_latents, replace_kept
-from img2img_server.runtime.diffusion.speedups import SpeedupChooser
+from img2img_server.runtime.diffusion.speedups import Chosen, SpeedupChooser
 from img2img_server.runtime.diffusion.state import (
     Conditioning,
     DiffusionState,
@@ -114,7 +114,9 @@ class SteppedPipeline(ABC):
             self.fields = {**self.fields, "controls": FieldRule()}
         self._preview_weights = preview_weights
         self.speedups = SpeedupChooser(
-            speedups or NONE, type(pipe.scheduler).__name__, bool(getattr(self._denoiser, "has_light", False))
+            speedups or NONE,
+            type(pipe.scheduler).__name__,
+            bool(getattr(self._denoiser, "has_light", False)),
         )
         self._truncation = Truncation(pipe)
 
@@ -126,13 +128,12 @@ class SteppedPipeline(ABC):
         self._controls.check(request)
         images, is_guided = len(request.seeds), self._is_guided(request)
         shape, pixels = self._shape(request)
-        count = len(self._scheduler_cache.get(request).timesteps)
-        chosen = self.speedups.choose(request, count, is_guided)
+        scheduler, chosen = self._scheduled(request)
         return Plan(
             shape,
             pixels,
             images * (2 if is_guided else 1),
-            count,
+            len(scheduler.times),
             (*self._truncation.warnings(self._read_texts(request)), *chosen.warnings),
             self.speedups.calls(chosen, shape, pixels, images, is_guided),
             chosen.used,
@@ -142,13 +143,13 @@ class SteppedPipeline(ABC):
     @torch_call
     def prepare(self, requests: Sequence[Request]) -> Sequence[DiffusionState]:
         """Encodes texts and images that are not cached, and makes the first latents."""
-        schedulers = [self._scheduler_cache.get(request) for request in requests]
+        scheduled = [self._scheduled(request) for request in requests]
         choices = [self._loras.choice(request) for request in requests]
         with PinnedCopies():
             controls = [self._controls.of(request, self._device) for request in requests]
             embeddings = self._embed(requests, choices)
             images = self._images(requests)
-            states = [self._begin(*parts) for parts in zip(requests, schedulers, embeddings, images, strict=True)]
+            states = [self._begin(*parts) for parts in zip(requests, scheduled, embeddings, images, strict=True)]
         for state, choice, own in zip(states, choices, controls, strict=True):
             state.choice, state.controls = choice, own
         return states
@@ -296,6 +297,12 @@ class SteppedPipeline(ABC):
         self._loras.close()
         close_graphs(self._pipe)
 
+    def _scheduled(self, request: Request) -> tuple[CachedScheduler, Chosen]:
+        """The scheduler that runs the request's steps, and what its steps skip."""
+        scheduler = self._scheduler_cache.get(request)
+        chosen = self.speedups.choose(request, scheduler, self._is_guided(request))
+        return self._scheduler_cache.get_part(request, len(chosen.light)) if chosen.extrapolates else scheduler, chosen
+
     def _encode_adapted(self, texts: list[str], choices: list[Choice | None]) -> list[Embedding]:
         encoders = [self._pipe.components.get(name) for name in TEXT_ENCODERS]
         with adapting(encoders, choices):
@@ -304,10 +311,11 @@ class SteppedPipeline(ABC):
     def _begin(
         self,
         request: Request,
-        cached_scheduler: CachedScheduler,
+        scheduled: tuple[CachedScheduler, Chosen],
         embeddings: dict[str, Embedding],
         image: SimpleNamespace,
     ) -> DiffusionState:
+        cached_scheduler, chosen = scheduled
         count = len(request.seeds)
         positive, negative = self._embeddings(request, embeddings)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
@@ -328,7 +336,6 @@ class SteppedPipeline(ABC):
         conditioning |= self._mask_conditioning(request, image, latents, generators)
         # Converted once here instead of in each step.
         conditioning = {name: tensor.to(self._types.get(name, tensor.dtype)) for name, tensor in conditioning.items()}
-        chosen = self.speedups.choose(request, len(cached_scheduler.times), self._is_guided(request))
         state = DiffusionState(
             request,
             cached_scheduler.timesteps,
@@ -340,6 +347,7 @@ class SteppedPipeline(ABC):
             guided=self._is_guided(request),
             guidance=self._guidance(request),
             begun=cached_scheduler.scheduler,
+            indices=cached_scheduler.indices,
             blend=blend,
             speedup=chosen.speedup,
             light=chosen.light,

@@ -5,7 +5,7 @@ import itertools
 import logging
 import sys
 import threading
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -18,6 +18,7 @@ from img2img_server.engine.request import Request, no_step
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.common.pipe import view_of
 from img2img_server.runtime.schedulers import registry
+from img2img_server.runtime.schedulers.extrapolated import can_extrapolate, extrapolated
 from img2img_server.runtime.schedulers.linear import LinearSolver, compile_schedule
 from img2img_server.runtime.schedulers.noise_levels import NoiseLevels
 
@@ -29,7 +30,8 @@ _BYTES = 16 * 2**20
 class CachedScheduler:
     """The scheduler of all requests with the same scheduler and steps. Immutable.
 
-    `scheduler` has its timesteps and begin index set, and is never stepped; `times` are the `timesteps` [S] as numbers.
+    `scheduler` has its timesteps and begin index set, and is never stepped; `times` are the `timesteps` [S] as numbers, and
+    `indices` say which of the scheduler's they are.
     `schedule` is None if the steps are not linear: then each request steps a copy of `scheduler`. Tensors are on the CPU.
     """
 
@@ -38,6 +40,21 @@ class CachedScheduler:
     times: tuple[float, ...]
     schedule: LinearSolver | None
     levels: NoiseLevels
+    indices: tuple[int, ...]
+
+    @property
+    def can_extrapolate(self) -> bool:
+        """Whether `part` is possible."""
+        return self.schedule is not None and can_extrapolate(self.schedule)
+
+    def part(self, count: int) -> "CachedScheduler":
+        """The scheduler of requests that call the model in `count` evenly chosen steps only, the first among them."""
+        assert self.schedule is not None, "can_extrapolate holds"
+        called = [number * len(self.times) // count for number in range(count)]
+        solver = extrapolated(self.schedule, called)
+        indices = tuple(self.indices[index] for index in called)
+        times = tuple(self.times[index] for index in called)
+        return CachedScheduler(self.scheduler, solver.timesteps, times, solver, self.levels.part(called), indices)
 
 
 class SchedulerCache:
@@ -54,11 +71,18 @@ class SchedulerCache:
     def get(self, request: Request) -> CachedScheduler:
         """The scheduler of the request. Raises InvalidField if the model cannot use it."""
         self._check(request)
-        key = self._key(request)
+        return self._cached(self._key(request), lambda: self._make(request))
+
+    def get_part(self, request: Request, count: int) -> CachedScheduler:
+        """`part` of the request's scheduler."""
+        whole = self.get(request)
+        return self._cached((self._key(request), count), lambda: whole.part(count))
+
+    def _cached(self, key: Hashable, make: Callable[[], CachedScheduler]) -> CachedScheduler:
         with self._lock:
             known: CachedScheduler | None = self._cache.get(key)
             if known is None:
-                known = self._make(request)
+                known = make()
                 self._cache.put(key, known, size_of(known))
         return known
 
@@ -75,7 +99,9 @@ class SchedulerCache:
         levels = NoiseLevels(view.scheduler, timesteps)
         if schedule is None:
             logging.getLogger(__name__).info("%s is not linear: each request steps its own copy", type(view.scheduler).__name__)
-        return CachedScheduler(view.scheduler, timesteps, tuple(timesteps.tolist()), schedule, levels)
+        count = len(view.scheduler.timesteps)
+        indices = tuple(range(count - len(timesteps), count))
+        return CachedScheduler(view.scheduler, timesteps, tuple(timesteps.tolist()), schedule, levels, indices)
 
     def _check(self, request: Request) -> None:
         """Raises InvalidField if the request has no steps, or a scheduler that the model does not support."""

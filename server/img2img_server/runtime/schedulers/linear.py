@@ -167,8 +167,8 @@ def _draw(steps: Sequence[SolverStep], trajectories: Sequence[Trajectory], laten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Reading:
-    """The result of probing one step. `coefficients` is [1 + slots after it, 2 + slots before it], float64."""
+class Reading:
+    """One step, before unused memory is removed. `coefficients` is [1 + slots after it, 2 + slots before it], float64."""
 
     coefficients: torch.Tensor
     input_scale: float
@@ -196,13 +196,13 @@ def compile_schedule(scheduler: Any, timesteps: torch.Tensor) -> LinearSolver | 
     Returns None if a step is not linear, or draws noise in an unknown way. Raises the errors of the scheduler's step.
     """
     probe = _Probe(scheduler)
-    readings: list[_Reading] = []
+    readings: list[Reading] = []
     for timestep in timesteps.cpu():
         reading = probe.step(timestep)
         if reading is None:
             return None
         readings.append(reading)
-    return LinearSolver(timesteps, tuple(reading.input_scale for reading in readings), _prune(readings))
+    return LinearSolver(timesteps, tuple(reading.input_scale for reading in readings), prune(readings))
 
 
 class _Probe:
@@ -222,7 +222,7 @@ class _Probe:
         self._arguments = step_arguments(self._scheduler, self._noise)
         self._places: list[tuple[Any, Any]] = []
 
-    def step(self, timestep: torch.Tensor) -> _Reading | None:
+    def step(self, timestep: torch.Tensor) -> Reading | None:
         """Steps the scheduler once. Returns None if the step was not linear."""
         sample, output = self._unit(0), self._unit(1)
         given = torch.stack([sample, output, *(holder[key] for holder, key in self._places)]).flatten(1).double()
@@ -275,7 +275,7 @@ def _is_probe(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == (1, _CHANNELS, 1, 1)
 
 
-def _read(given: torch.Tensor, taken: torch.Tensor, noise: torch.Tensor, input_scale: float) -> _Reading | None:
+def _read(given: torch.Tensor, taken: torch.Tensor, noise: torch.Tensor, input_scale: float) -> Reading | None:
     """The coefficients with which `given` [terms, _CHANNELS] became `taken` [rows, _CHANNELS]; None if they do not fit."""
     silent = slice(TERMS, TERMS + _SILENT)
     draws = bool(noise.any())
@@ -289,10 +289,10 @@ def _read(given: torch.Tensor, taken: torch.Tensor, noise: torch.Tensor, input_s
     # Written such that NaN fails.
     if not bool(((coefficients @ given + added - taken).abs() <= allowed).all()):
         return None
-    return _Reading(coefficients, input_scale, draws, factor)
+    return Reading(coefficients, input_scale, draws, factor)
 
 
-def _prune(readings: Sequence[_Reading]) -> tuple[SolverStep, ...]:
+def prune(readings: Sequence[Reading]) -> tuple[SolverStep, ...]:
     """Removes unused memory, from the last step to the first: a step remembers only tensors that a later step uses, and computes
     only combinations that are not among its terms."""
     steps: list[SolverStep] = []

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,15 +31,21 @@ def level_at(scheduler: Any, index: int, timestep: torch.Tensor) -> tuple[float,
 
 
 class NoiseLevels:
-    """The noise levels after each of `timesteps` [S], the last S of the scheduler's. Computed on first use."""
+    """The noise levels after each of `timesteps` [S], the last S of the scheduler's; with `called`, after those before each of
+    these steps and after the last. Computed on first use."""
 
-    def __init__(self, scheduler: Any, timesteps: torch.Tensor) -> None:
+    def __init__(self, scheduler: Any, timesteps: torch.Tensor, called: Sequence[int] | None = None) -> None:
         self._scheduler = scheduler
         self._timesteps = timesteps
+        self._nexts = list(range(1, len(timesteps))) if called is None else list(called[1:])
+
+    def part(self, called: Sequence[int]) -> "NoiseLevels":
+        """Those of a solver that joins the steps from each of `called` up to the next."""
+        return NoiseLevels(self._scheduler, self._timesteps, called)
 
     @functools.cached_property
     def after(self) -> tuple[tuple[float, float], ...]:
         """For each step, the factors of x0 and of noise in the latents after it. There is no noise after the last."""
         first = len(self._scheduler.timesteps) - len(self._timesteps)
-        nexts = enumerate(self._timesteps[1:].cpu(), first + 1)
-        return (*(level_at(self._scheduler, index, timestep) for index, timestep in nexts), (1.0, 0.0))
+        times = self._timesteps.cpu()
+        return (*(level_at(self._scheduler, first + step, times[step]) for step in self._nexts), (1.0, 0.0))

@@ -1,0 +1,133 @@
+"""Steps without a call of the model: diffusers' schedulers, given the outputs that the solver extrapolates."""
+
+import copy
+import math
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from fakes import make_request
+from img2img_server.engine.request import Request
+from img2img_server.runtime.schedulers import registry
+from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCache
+from img2img_server.runtime.schedulers.flow import FlowSchedulers
+from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, step_arguments
+from img2img_server.runtime.schedulers.noise_levels import level_at
+
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+PLAIN = ("DDIM", "PNDM", "Euler", "Heun", "DPM++ 2M Karras", "DPM++ SDE", "DEIS", "UniPC", "DPM2", "LCM", "Euler a")
+FLOW = ("Euler", "Heun")
+DRAWING = ("LCM", "Euler a")
+"""Those that draw noise."""
+
+
+class Pipe:
+    """What the caches of schedulers need of a pipeline."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def get_timesteps(self, *arguments: Any) -> Any:
+        """By the rule of the scheduler's pipelines."""
+        flow = registry.is_flow(self.scheduler)
+        kind = diffusers.StableDiffusion3Img2ImgPipeline if flow else diffusers.StableDiffusionImg2ImgPipeline
+        return kind.get_timesteps(self, *arguments)
+
+
+def plain() -> SchedulerCache:
+    """The schedulers of a model that predicts noise."""
+    return SchedulerCache(Pipe(diffusers.DDIMScheduler(**_BETAS, clip_sample=False, set_alpha_to_one=False)))
+
+
+def flow() -> SchedulerCache:
+    """The schedulers of a model of flow matching."""
+    return FlowSchedulers(Pipe(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)))
+
+
+def ask(scheduler: str | None = None, steps: int = 12, strength: float = 0.8) -> Request:
+    return make_request(num_inference_steps=steps, strength=strength, scheduler=scheduler)
+
+
+def called(count: int, calls: int) -> list[int]:
+    return [int(number * count / calls) for number in range(calls)]
+
+
+def by_diffusers(whole: CachedScheduler, steps: list[int], latents: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """The final latents by diffusers' scheduler. Call number n of the model has the output `outputs[n]`."""
+    scheduler, times = copy.deepcopy(whole.scheduler), whole.times
+    arguments = step_arguments(scheduler, torch.Generator())
+    for step, time in enumerate(whole.timesteps):
+        call = max(number for number, own in enumerate(steps) if own <= step)
+        output = outputs[call]
+        if call and times[steps[call]] != times[steps[call - 1]]:
+            slope = (outputs[call] - outputs[call - 1]) / (times[steps[call]] - times[steps[call - 1]])
+            output = output + slope * (times[step] - times[steps[call]])
+        latents = scheduler.step(output, time, latents, **arguments, return_dict=False)[0]
+    return latents
+
+
+def by_solver(part: CachedScheduler, latents: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """The final latents by the linear solver."""
+    assert part.schedule is not None
+    trajectory = Trajectory(part.schedule, [torch.Generator()])
+    for output in outputs:
+        (latents,) = advance_batch([trajectory], [latents], [output])
+    return latents
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*((plain, name) for name in PLAIN if name not in DRAWING), *((flow, name) for name in FLOW)]
+)
+def test_a_solver_with_fewer_calls_steps_as_diffusers_does_with_extrapolated_outputs(kind: Any, name: str) -> None:
+    known = kind()
+    whole = known.get(ask(name))
+    assert whole.can_extrapolate
+    for calls in (1, 2, 5, len(whole.times) - 1):
+        part = known.get_part(ask(name), calls)
+        steps = called(len(whole.times), calls)
+        assert part.times == tuple(whole.times[step] for step in steps)
+        values = torch.randn(1 + calls, 1, 4, 6, 6, generator=torch.Generator().manual_seed(calls))
+        expected = by_diffusers(whole, steps, values[0], values[1:])
+        assert torch.allclose(
+            by_solver(part, values[0], values[1:]), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_scheduler_that_draws_noise_calls_the_model_in_all_steps(name: str) -> None:
+    assert not plain().get(ask(name)).can_extrapolate
+
+
+@pytest.mark.parametrize("kind", [plain, flow])
+def test_noise_levels_and_positions_of_a_part_are_those_of_its_steps(kind: Any) -> None:
+    known = kind()
+    whole, part = known.get(ask()), known.get_part(ask(), 4)
+    steps = called(len(whole.times), 4)
+    assert part.indices == tuple(whole.indices[step] for step in steps)
+    assert part.levels.after == tuple(whole.levels.after[step - 1] for step in [*steps[1:], len(whole.times)])
+
+
+def test_fewer_calls_change_the_result_of_a_gaussian_less_than_fewer_steps() -> None:
+    """Whose denoiser is known: 60 % of the calls by extrapolation, and by the model's own scheduler."""
+    known = plain()
+    whole, part, fewer = known.get(ask(steps=25)), known.get_part(ask(steps=25), 12), known.get(ask(steps=15))
+    assert (len(whole.times), len(fewer.times)) == (20, 12)
+    for spread in (0.2, 0.4, 0.8):
+        exact, extrapolated, other = (_scale(one, spread) for one in (whole, part, fewer))
+        assert abs(extrapolated / exact - 1) < 0.05
+        assert abs(extrapolated - exact) < abs(other - exact) / 2
+
+
+def _scale(cached: CachedScheduler, spread: float) -> float:
+    """By which factor the solver scales latents of images with the standard deviation `spread`, relative to exact integration."""
+    assert cached.schedule is not None
+    trajectory, latents, exact = Trajectory(cached.schedule, [torch.Generator()]), torch.ones(1, 1, 1, 1), math.nan
+    for index, time in zip(cached.indices, cached.timesteps, strict=True):
+        signal, noise = level_at(cached.scheduler, index, time)
+        variance = (signal * spread) ** 2 + noise**2
+        if math.isnan(exact):
+            exact = spread / math.sqrt(variance)
+        output = (latents - signal * (signal * spread**2 / variance * latents)) / noise
+        (latents,) = advance_batch([trajectory], [latents], [output])
+    return float(latents) / exact
