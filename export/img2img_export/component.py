@@ -290,7 +290,7 @@ class Converter:
             if precision == "int8" and name in STATIC_GRAPHS:
                 with computing_in_fp32(module):
                     external, kept = self._quantized(external, module, part, calls)
-            beside |= _light(external, cost)
+            beside |= _light(external, module, cost)
         external.write(folder, self._progress, name, beside)
         if name in self._calibrations:
             self._calibrations[name].release()
@@ -318,6 +318,8 @@ class Converter:
             return part, example, cases, None
         cost = light_graph.light_cost(module, part, example)
         part = light_graph.with_features(part, module)
+        if calls.rows:
+            return part, example, token_cases.make_cases(part, token_part(name, module)[1], module, calls), cost
         return part, example, make_cases(part, module, calls), cost
 
     def _quantized(
@@ -342,9 +344,9 @@ class Converter:
         return result, choice.kept
 
 
-def _light(graph: ExternalWeightsGraph, cost: float | None) -> dict[str, ExternalWeightsGraph]:
-    """The light graph of a graph, by its file's name; empty if it has no `cost`."""
-    return {} if cost is None else {LIGHT_NAME: light_graph.cut(graph)}
+def _light(graph: ExternalWeightsGraph, module: Any, cost: float | None) -> dict[str, ExternalWeightsGraph]:
+    """The light graph of a graph of `module`, by its file's name; empty if it has no `cost`."""
+    return {} if cost is None else {LIGHT_NAME: light_graph.cut(graph, module)}
 
 
 def _further(

@@ -1,4 +1,4 @@
-"""Comparisons of a UNet's light graph with PyTorch."""
+"""Comparisons of a denoiser's light graph with PyTorch."""
 
 from dataclasses import replace
 

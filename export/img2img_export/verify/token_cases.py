@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from img2img_server.bundle.speedups import FEATURES
 from img2img_server.runtime.onnx import token_graphs
 
+from img2img_export.convert.light_graph import watching
 from img2img_export.convert.parts import Part, Tensors
 from img2img_export.convert.token_graphs import Layout, TokenKind
 from img2img_export.errors import FAILURES, ExportError, first_line
@@ -40,7 +42,8 @@ def example(part: Part, kind: TokenKind) -> Tensors:
 
 
 def make_cases(part: Part, kind: TokenKind, module: Any, calls: Calls) -> list[Case]:
-    """Makes the comparisons; the module must compute in fp32. `calls` are recorded calls of the module."""
+    """Makes the comparisons; the module must compute in fp32. `calls` are recorded calls of the module. If the part has the
+    features of a light graph (`light_graph.py`), they are compared, too."""
     batches = {f"random, {name}": list(_rows(kind, layouts)) for name, layouts in _LAYOUTS.items()}
     for number, row in enumerate((calls.rows[0], calls.rows[-1])):
         batches[f"real, {('first', 'last')[number]} call"] = [row]
@@ -48,14 +51,23 @@ def make_cases(part: Part, kind: TokenKind, module: Any, calls: Calls) -> list[C
     for name, rows in batches.items():
         try:
             with torch.no_grad():
-                expected = torch.stack([kind.reference(module, row) for row in rows])
+                references = [_reference(part, kind, module, row) for row in rows]
         except FAILURES as error:
             raise ExportError(f"{part.name} cannot run {name}: {type(error).__name__}: {first_line(error)}") from error
-        (output,) = part.outputs
-        cases.append(
-            Case(name, _inputs(part, kind, rows), {output: expected.float().numpy()}, name.startswith("random"), padded=True)
-        )
+        expected = {
+            output: torch.stack(found).float().numpy()
+            for output, found in zip(part.outputs, zip(*references, strict=True), strict=True)
+        }
+        cases.append(Case(name, _inputs(part, kind, rows), expected, name.startswith("random"), padded=True))
     return cases
+
+
+def _reference(part: Part, kind: TokenKind, module: Any, row: dict[str, Any]) -> list[torch.Tensor]:
+    """The outputs of the part for a call of one row, by diffusers' own `forward`."""
+    if FEATURES not in part.outputs:
+        return [kind.reference(module, row)]
+    with watching(module) as seen:
+        return [kind.reference(module, row), seen.features[0]]
 
 
 def _rows(kind: TokenKind, layouts: Sequence[Layout]) -> Iterator[dict[str, Any]]:
