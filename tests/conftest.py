@@ -115,7 +115,8 @@ def tiny_model(shared: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
     """Gives the exported bundle of a tiny model by its name, or of the demo's model for "demo"; "sd1:fp16" is one in fp16, and
-    "sd1:fp32:speedups" one with a light graph and a few speedups, "sd3:fp32:int4" one with weights in int4.
+    "sd1:fp32:speedups" one with a light graph and a few speedups, but no LoRA graphs ("sd1:fp32:speedups+loras": with them),
+    "sd3:fp32:int4" one with weights in int4.
 
     Those of WITH_PREVIEWS have previews.
     """
@@ -129,7 +130,7 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
         from short_exports import brief, cut_short, short_speedups
 
         model, precision, more = (*name.split(":"), "", "")[:3]
-        speedups = more == "speedups"
+        speedups = more.startswith("speedups")
         source = DEMO_MODEL if model == "demo" else tiny_model(model)
 
         def good(directory: Path) -> bool:
@@ -145,7 +146,7 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
                 source=str(source),
                 output=output,
                 precision=cast(Precision, precision or "fp32"),
-                lora_graphs=not speedups,
+                lora_graphs=more != "speedups",
                 speedups=speedups,
                 weight_format=cast(WeightFormat, "" if speedups else more),
             )
