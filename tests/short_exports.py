@@ -50,8 +50,7 @@ def short_speedups() -> Iterator[None]:
         patch.object(speedups, "_PROMPTS", speedups._PROMPTS[:1]),
         patch.object(speedups, "_FULL_SHARES", (0.4,)),
         patch.object(speedups, "_PERIODS", (2, 3)),
-        patch.object(speedups, "_CALLED_SHARES", (0.6,)),
-        patch.object(speedups, "_WITH_FEWER", ((0.4, 2),)),
+        patch.object(speedups, "_SKIPPED", ((0.2, 3),)),
         patch.object(speedups, "DEFAULT_STEPS", 8),
         patch.object(speedups, "_LEAST_PSNR_DB", 0.0),
     ):

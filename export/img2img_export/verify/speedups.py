@@ -18,10 +18,11 @@ from img2img_export.verify.images import measure, sample_image
 
 _FULL_SHARES = (0.2, 0.4, 0.6)
 _PERIODS = (2, 3, 5)
-_CALLED_SHARES = (0.75, 0.6, 0.45)
-"""Of the steps in which the model is called: alone, and with each of _WITH_FEWER."""
-_WITH_FEWER = ((0.2, 2), (0.4, 2))
-"""Full shares and periods that are combined with fewer calls."""
+_SKIPPED = ((0.2, 4), (0.2, 3), (0.4, 3), (0.6, 3), (0.6, 2))
+"""Called shares and skip periods: alone, and with _WITH_SKIPPED. Outputs that change fast, as in the first steps, or that are
+skipped every second time, cannot be extrapolated."""
+_WITH_SKIPPED = (0.2, 2)
+"""The full share and the period that are combined with skipped calls."""
 _LEAST_PSNR_DB = 25.0
 """Images that differ more are of no use: such a setting is given up at its first image below."""
 _LEAST_TIMES = 1.05
@@ -103,11 +104,13 @@ def _grid(pipeline: SteppedPipeline, is_guided: bool) -> Iterator[Speedup]:
     kinds = [kind for kind in kinds if any(kind)]
     for (guidance, features), share, period in itertools.product(kinds, _FULL_SHARES, _PERIODS):
         yield Speedup(_name(guidance, features, share, period), share, period, guidance, features)
-    for called in _CALLED_SHARES:
-        fewer = f"model called in {called:.0%} of the steps"
-        yield Speedup(fewer, 1.0, 1, False, False, called)
-        for (guidance, features), (share, period) in itertools.product(kinds[:1], _WITH_FEWER):
-            yield Speedup(f"{fewer}; {_name(guidance, features, share, period)}", share, period, guidance, features, called)
+    for called, skipped in _SKIPPED:
+        fewer = f"output extrapolated in one of {skipped} steps after the first {called:.0%}"
+        yield Speedup(fewer, 1.0, 1, False, False, called, skipped)
+        for guidance, features in kinds[:1]:
+            yield Speedup(
+                f"{fewer}; {_name(guidance, features, *_WITH_SKIPPED)}", *_WITH_SKIPPED, guidance, features, called, skipped
+            )
 
 
 def _name(guidance: bool, features: bool, share: float, period: int) -> str:

@@ -13,12 +13,12 @@ _ROUNDING = 1e-9
 class Speedup:
     """A way to call the model in fewer steps of a request, and to compute some of these, the light ones, in part.
 
-    The model is called in `called_share` of a request's steps, evenly chosen, the first among them; in the others its output is
-    extrapolated from the last two calls. Of the called steps, the first `full_share` (rounded up) are full, and of the others
-    every `period`-th, beginning with the first; the rest are light. With `keeps_guidance`, a light step takes one row for an
-    image instead of two: it predicts for the prompt only and is guided by the difference that the prompt made in the last full
-    step. With `keeps_features`, a light step computes the outer layers of the denoiser only, on the features of the last full
-    step.
+    With a `skip_period`, the model is called in the first `called_share` of a request's steps (rounded up), and after these every
+    `skip_period`-th step has no call: its output is extrapolated from the last two. Of the called steps, the first `full_share`
+    (rounded up) are full, and of the others every `period`-th, beginning with the first; the rest are light. With
+    `keeps_guidance`, a light step takes one row for an image instead of two: it predicts for the prompt only and is guided by the
+    difference that the prompt made in the last full step. With `keeps_features`, a light step computes the outer layers of the
+    denoiser only, on the features of the last full step.
 
     The rest was measured on the reference requests, against the images of full steps: `times_faster` in work of the denoiser
     (rows, weighted by `Speedups.light_cost`) and `cpu_times_faster` in CPU
@@ -32,6 +32,7 @@ class Speedup:
     keeps_guidance: bool
     keeps_features: bool
     called_share: float = 1.0
+    skip_period: int = 0
     times_faster: float = 1.0
     cpu_times_faster: float = 1.0
     psnr_db: float = 0.0
@@ -39,18 +40,24 @@ class Speedup:
     ssim: float = 0.0
     mean_ssim: float = 0.0
 
-    def calls(self, count: int) -> int:
-        """In how many of a request's `count` steps the model is called: at least one."""
-        return max(1, min(count, math.ceil(self.called_share * count - _ROUNDING)))
+    def called_steps(self, count: int) -> tuple[int, ...]:
+        """The steps of a request of `count` in which the model is called. The first is among them."""
+        start, period = _first(count, self.called_share), self.skip_period or count + 1
+        return tuple(step for step in range(count) if step < start or (step - start) % period != period - 1)
 
     def light_steps(self, count: int) -> tuple[bool, ...]:
-        """Which of `count` steps are light."""
-        start = math.ceil(self.full_share * count - _ROUNDING)
+        """Which of `count` called steps are light."""
+        start = _first(count, self.full_share)
         return tuple(step >= start and (step - start) % self.period != 0 for step in range(count))
 
     def keeps(self, psnr_db: float, ssim: float) -> bool:
         """Whether its worst image has at least this PSNR and SSIM."""
         return self.psnr_db >= psnr_db and self.ssim >= ssim
+
+
+def _first(count: int, share: float) -> int:
+    """The first `share` of `count` steps, rounded up."""
+    return math.ceil(share * count - _ROUNDING)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,11 @@ _LIGHT = "light"
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What a request skips. `light` says for each of the steps in which it calls the model whether it is light; empty without a
-    `speedup`. `reason` is why a request that allows one has none."""
+    """What a request skips. `called` are the steps in which it calls the model, and `light` says for each of these whether it is
+    light; both are empty without a `speedup`. `reason` is why a request that allows one has none."""
 
     speedup: Speedup | None = None
+    called: tuple[int, ...] = ()
     light: tuple[bool, ...] = ()
     times_faster: float = 1.0
     reason: str = ""
@@ -25,7 +26,7 @@ class Chosen:
     @property
     def extrapolates(self) -> bool:
         """Whether the model is called in a part of the steps only."""
-        return self.speedup is not None and self.speedup.called_share < 1
+        return self.speedup is not None and self.speedup.skip_period > 0
 
     @property
     def used(self) -> UsedSpeedup | None:
@@ -99,14 +100,14 @@ class SpeedupChooser:
     def _able(self, scheduler: CachedScheduler) -> list[Speedup]:
         """Those that are possible with this denoiser and scheduler."""
         able = [one for one in self.speedups.table if self.has_features or not one.keeps_features]
-        return able if scheduler.can_extrapolate else [one for one in able if one.called_share == 1]
+        return able if scheduler.can_extrapolate else [one for one in able if not one.skip_period]
 
     def _of(self, speedup: Speedup, count: int, is_guided: bool) -> Chosen:
-        called = speedup.calls(count)
-        light = speedup.light_steps(called)
+        called = speedup.called_steps(count)
+        light = speedup.light_steps(len(called))
         rows = 0.5 if speedup.keeps_guidance and is_guided else 1.0
         cost = rows * (self.speedups.light_cost if speedup.keeps_features else 1.0)
-        return Chosen(speedup, light, count / (called - light.count(True) * (1 - cost)))
+        return Chosen(speedup, called, light, count / (len(called) - light.count(True) * (1 - cost)))
 
 
 def no_speedup(request: Request, reason: str) -> Sequence[RequestWarning]:

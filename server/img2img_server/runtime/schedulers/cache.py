@@ -5,7 +5,7 @@ import itertools
 import logging
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -47,10 +47,9 @@ class CachedScheduler:
         """Whether `part` is possible."""
         return self.schedule is not None and can_extrapolate(self.schedule)
 
-    def part(self, count: int) -> "CachedScheduler":
-        """The scheduler of requests that call the model in `count` evenly chosen steps only, the first among them."""
+    def part(self, called: Sequence[int]) -> "CachedScheduler":
+        """The scheduler of requests that call the model in the steps `called` only, the first among them."""
         assert self.schedule is not None, "can_extrapolate holds"
-        called = [number * len(self.times) // count for number in range(count)]
         solver = extrapolated(self.schedule, called)
         indices = tuple(self.indices[index] for index in called)
         times = tuple(self.times[index] for index in called)
@@ -73,10 +72,10 @@ class SchedulerCache:
         self._check(request)
         return self._cached(self._key(request), lambda: self._make(request))
 
-    def get_part(self, request: Request, count: int) -> CachedScheduler:
+    def get_part(self, request: Request, called: tuple[int, ...]) -> CachedScheduler:
         """`part` of the request's scheduler."""
         whole = self.get(request)
-        return self._cached((self._key(request), count), lambda: whole.part(count))
+        return self._cached((self._key(request), called), lambda: whole.part(called))
 
     def _cached(self, key: Hashable, make: Callable[[], CachedScheduler]) -> CachedScheduler:
         with self._lock:
