@@ -108,9 +108,8 @@ def _grid(pipeline: SteppedPipeline, is_guided: bool) -> Iterator[Speedup]:
         fewer = f"output extrapolated in one of {skipped} steps after the first {called:.0%}"
         yield Speedup(fewer, 1.0, 1, False, False, called, skipped)
         for guidance, features in kinds[:1]:
-            yield Speedup(
-                f"{fewer}; {_name(guidance, features, *_WITH_SKIPPED)}", *_WITH_SKIPPED, guidance, features, called, skipped
-            )
+            name = f"{fewer}; {_name(guidance, features, *_WITH_SKIPPED)}"
+            yield Speedup(name, *_WITH_SKIPPED, guidance, features, called, skipped)
 
 
 def _name(guidance: bool, features: bool, share: float, period: int) -> str:
