@@ -22,7 +22,11 @@ from running import RunningServer, manifest, store
 
 SOURCE = image_bytes(size=(32, 16))
 USED = UsedSpeedup("guidance kept", 1.5, 33.5, 0.97)
-TABLE = Speedups((Speedup("guidance kept", 0.4, 2, True, False, 1.4, 1.3, 33.5, 40.0, 0.97, 0.99),), 9, 25, 7.5)
+KEPT = Speedup(
+    "guidance kept", 0.4, 2, keeps_guidance=True, keeps_features=False, times_faster=1.4, cpu_times_faster=1.3,
+    psnr_db=33.5, mean_psnr_db=40.0, ssim=0.97, mean_ssim=0.99,
+)  # fmt: skip
+TABLE = Speedups((KEPT,), 9, 25, 7.5)
 
 
 @pytest.fixture(scope="module")
