@@ -2,9 +2,13 @@
 Heavy imports are inside the functions."""
 
 import argparse
+import contextlib
+import datetime
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from img2img_server.bundle.manifest import Manifest, read_manifest
@@ -80,10 +84,21 @@ def _cells(manifest: Manifest) -> tuple[str, ...]:
     return manifest.pipeline_class, manifest.backend, why, runs, verified
 
 
-def table(manifests: Mapping[str, Manifest]) -> str:
-    """Both tables: of architectures, and of the keys of AutoPipelineForImage2Image."""
+def table(manifests: Mapping[str, Manifest], date: datetime.date) -> str:
+    """When and with what the models were exported, and both tables: of architectures, and of the keys of
+    AutoPipelineForImage2Image."""
     rows = "".join(row(name, {model: manifests[model] for model in models}) for name, models in MODELS.items())
-    return f"{_HEAD}{rows}\n{keys({manifest.pipeline_class: manifest.backend for manifest in manifests.values()})}"
+    becomes = {manifest.pipeline_class: manifest.backend for manifest in manifests.values()}
+    return f"{made_with(manifests, date)}\n{_HEAD}{rows}\n{keys(becomes)}"
+
+
+def made_with(manifests: Mapping[str, Manifest], date: datetime.date) -> str:
+    """A line with the date of the run and the versions of its tools. Raises ValueError if models were exported with others."""
+    used = {tuple(manifest.tools.items()) for manifest in manifests.values()}
+    if len(used) != 1:
+        raise ValueError(f"models were exported with different versions: {', '.join(map(str, used))}; empty the folder")
+    versions = ", ".join(f"{tool} {version.partition('+')[0]}" for tool, version in used.pop())
+    return f"Exported on {date}, by `scripts/architectures`, with {versions}.\n"
 
 
 _KEYS_HEAD = """\
@@ -132,7 +147,7 @@ def on_page() -> str:
 
 
 def exported(folder: Path) -> Callable[[str], Manifest]:
-    """A function that exports a tiny model to `folder` and returns the manifest."""
+    """A function that exports a tiny model to `folder`, unless it is there already, and returns the manifest."""
     from img2img_export.build import export_model
     from img2img_export.options import ExportOptions
 
@@ -140,25 +155,47 @@ def exported(folder: Path) -> Callable[[str], Manifest]:
     import tiny_models
 
     def make(name: str) -> Manifest:
-        print(f"exporting {name}", flush=True)
-        source, output = tiny_models.build(name, folder / "models" / name), folder / "bundles" / name
-        export_model(ExportOptions(source=str(source), output=output))
+        source, output = folder / "models" / name, folder / "bundles" / name
+        if not source.exists():
+            building = source.with_name(f".{name}")
+            shutil.rmtree(building, ignore_errors=True)
+            tiny_models.build(name, building).rename(source)
+        started = time.monotonic()
+        # The tables say nothing of the graphs for LoRAs, which take most of the time.
+        export_model(ExportOptions(source=str(source), output=output, lora_graphs=False))
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
         return read_manifest(output)
 
     return make
 
 
-def main() -> int:
-    """Exports every tiny model and writes the table. Returns the exit status."""
-    argparse.ArgumentParser(
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exports every tiny model and writes the tables. Returns the exit status."""
+    parser = argparse.ArgumentParser(
         prog="scripts/architectures", description="Generates the table of architectures in docs/export.md."
-    ).parse_args()
-    before = on_page()
-    with tempfile.TemporaryDirectory(prefix="img2img-architectures-") as folder:
-        make = exported(Path(folder))
-        made = table({model: make(model) for models in MODELS.values() for model in models})
-    text = PAGE.read_text(encoding="utf-8").replace(f"{BEGIN}{before}{END}", f"{BEGIN}{made}{END}")
-    PAGE.write_text(text, encoding="utf-8")
+    )
+    models = [model for models in MODELS.values() for model in models]
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help=f"only export these to --folder, of {', '.join(models)}; the page stays"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="keep models and bundles there: the next run takes those that are up to date, so a run can stop",
+    )
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.models) - set(models)):
+        parser.error(f"unknown models: {', '.join(unknown)}")
+    if options.models and options.folder is None:
+        parser.error("models without --folder would be deleted at the end")
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="img2img-architectures-")))
+        make = exported(folder.absolute())
+        manifests = {model: make(model) for model in options.models or models}
+    if not options.models:
+        before, made = on_page(), table(manifests, datetime.datetime.now(datetime.UTC).date())
+        text = PAGE.read_text(encoding="utf-8").replace(f"{BEGIN}{before}{END}", f"{BEGIN}{made}{END}")
+        PAGE.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -146,6 +146,8 @@ def _describe_field(field: "FieldInfo") -> str:
         parts.append(f"{least}{'' if field.maximum is None else f'to {field.maximum:.20g}'}".strip())
     if field.max_count:
         parts.append(f"at most {field.max_count}")
+    if field.needs:
+        parts.append(f"only with {field.needs}")
     return f"{field.name}: {', '.join(parts)}" if parts else field.name
 
 

@@ -82,7 +82,7 @@ class TransformOptions(TypedDict, total=False):
 
 
 def taken_options(options: TransformOptions, models: Sequence[ModelInfo]) -> TransformOptions:
-    """Drops the options that the model does not take, because the server would refuse them.
+    """Drops the options that the model does not take, or not without another one, because the server would refuse them.
 
     For programs that use the same options for all models. `models` are the server's. Keeps all options if the model is not chosen
     by its id, or is not ready.
@@ -92,7 +92,8 @@ def taken_options(options: TransformOptions, models: Sequence[ModelInfo]) -> Tra
     default = [model for model in models if model.is_default or len(models) == 1] if named is None else []
     chosen = [model for model in models if model.id == model_id] or default
     fields = set(messages.TransformRequest.DESCRIPTOR.fields_by_name) - {"model"}
-    refused = [name for name in options if name in fields and chosen and not chosen[0].takes(name)]
+    given = {name for name, value in options.items() if value is not None}
+    refused = [name for name in options if name in fields and chosen and not chosen[0].takes(name, given)]
     return {name: value for name, value in options.items() if name not in refused}  # type: ignore[return-value]
 
 

@@ -143,6 +143,7 @@ def _parse_field(message: model_pb2.RequestField) -> values.FieldInfo:
         maximum=message.maximum if message.HasField("maximum") else None,
         exclusive_minimum=message.exclusive_minimum,
         max_count=message.max_count,
+        needs=message.needs,
     )
 
 

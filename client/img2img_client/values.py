@@ -1,5 +1,6 @@
 """Inputs and results as frozen dataclasses, independent of gRPC."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -80,7 +81,8 @@ class FieldInfo:
 
     `default` is what an unset option means, None if that is not a fixed value. Numbers are from `minimum` (above it, if
     `exclusive_minimum`) to `maximum`, texts have as many characters; None means no bound. `max_count` is the maximum number of
-    elements of a list, 0 for other options.
+    elements of a list, 0 for other options. `needs` is another option, without which the model makes no use of this one and the
+    server refuses it; "" for most.
     """
 
     name: str
@@ -90,6 +92,7 @@ class FieldInfo:
     maximum: float | None = None
     exclusive_minimum: bool = False
     max_count: int = 0
+    needs: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +143,13 @@ class ModelInfo:
         """The option of that name, None if the model does not take it or `fields` is empty."""
         return next((field for field in self.fields if field.name == name), None)
 
-    def takes(self, name: str) -> bool:
-        """Whether requests can set the option of that name, as far as is known: True if `fields` is empty."""
-        return not self.fields or self.field(name) is not None
+    def takes(self, name: str, given: Collection[str] | None = None) -> bool:
+        """Whether requests can set the option of that name, as far as is known: True if `fields` is empty. With `given`, the
+        names of a request's other options, whether that request can: a few options need another."""
+        field = self.field(name)
+        if field is None:
+            return not self.fields
+        return given is None or not field.needs or field.needs in given
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class Controls:
         self._report, self._showing = change, False
         self._models: tuple[ModelInfo, ...] = ()
         self._shown: Settings | None = None
+        self._given: frozenset[str] = frozenset()
         self._failure: Failure | None = None
         self.prompt = ui.textarea("Prompt", on_change=self._on_change("prompt")).props("outlined autogrow data-field=prompt")
         self.prompt.on("keydown.ctrl.enter", start)
@@ -84,15 +85,16 @@ class Controls:
                 self.width, self.height = (self._pixels(name) for name in ("width", "height"))
             self.loras = LoraPicker(change, refresh)
 
-    def show(self, settings: Settings, state: ServerState, failure: Failure | None, *, masked: bool) -> None:
-        """Shows the settings, the server's models and schedulers, and an error in the invalid field. `masked`: a mask is sent."""
-        self.mask_blur.set_visibility(masked)
+    def show(self, settings: Settings, state: ServerState, failure: Failure | None, given: frozenset[str]) -> None:
+        """Shows the settings, the server's models and schedulers, and an error in the invalid field. `given` are the options that
+        are set elsewhere."""
+        self.mask_blur.set_visibility("mask" in given)
         self.loras.show(settings.loras, state.loras, model_of(settings, state.models))
         self._showing = True
-        if state.models != self._models or settings != self._shown:
-            self._models = state.models
+        if state.models != self._models or settings != self._shown or given != self._given:
+            self._models, self._given = state.models, given
             self._show_choices(settings)
-            self._follow(model_of(settings, state.models))
+            self._follow(model_of(settings, state.models), given)
         if settings != self._shown:
             self.prompt.value, self.negative.value = settings.prompt, settings.negative_prompt
             self.strength.show(settings.strength)
@@ -138,11 +140,11 @@ class Controls:
             "height": self.height,
         }
 
-    def _follow(self, model: "ModelInfo | None") -> None:
-        """Shows the controls of the settings that the model takes."""
+    def _follow(self, model: "ModelInfo | None", given: frozenset[str]) -> None:
+        """Shows the controls of the settings that the model takes beside the options `given`."""
         for control in (self.strength, self.steps, self.guidance):
-            control.follow(model)
-        self.true_cfg.follow(model, is_usual=False)
+            control.follow(model, given)
+        self.true_cfg.follow(model, given, is_usual=False)
         self.negative.set_visibility(model is None or model.takes("negative_prompt"))
         self.scheduler.set_visibility(model is None or model.takes("scheduler"))
         self.fidelity.set_visibility(model is not None and bool(model.speedups))

@@ -24,11 +24,13 @@ class Extras:
 
     def fitted(self, model: "ModelInfo | None") -> Self:
         """Without the images that the model does not take, which the server would refuse."""
-        return replace(
-            self,
-            mask=self.mask if takes_mask(model) else None,
-            references=self.references[: most_references(model)],
-        )
+        mask = self.mask if takes_mask(model) else None
+        return replace(self, mask=mask, references=self.references[: most_references(model, mask is not None)])
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The names of the options that they set."""
+        return frozenset(self.names())
 
     def options(self) -> "TransformOptions":
         """The client's options."""
@@ -57,7 +59,7 @@ def takes_mask(model: "ModelInfo | None") -> bool:
     return model is not None and model.field("mask") is not None
 
 
-def most_references(model: "ModelInfo | None") -> int:
-    """The maximum number of references that the model is known to take."""
+def most_references(model: "ModelInfo | None", masked: bool) -> int:
+    """The maximum number of references that the model is known to take, with or without a mask."""
     field = None if model is None else model.field("reference_images")
-    return 0 if field is None else field.max_count
+    return 0 if field is None or (field.needs == "mask" and not masked) else field.max_count

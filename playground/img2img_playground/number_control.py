@@ -1,7 +1,7 @@
 """A number with a slider and a field."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from nicegui import ui
@@ -40,11 +40,11 @@ class NumberControl:
         """Shows or hides the control."""
         self._box.set_visibility(visible)
 
-    def follow(self, model: "ModelInfo | None", is_usual: bool = True) -> None:
-        """Hides the control if the model does not take the number, and bounds the slider by the model's maximum. A number that is
-        not `is_usual` is hidden also if that is not known."""
+    def follow(self, model: "ModelInfo | None", given: Collection[str], is_usual: bool = True) -> None:
+        """Hides the control if the model does not take the number beside the options `given`, and bounds the slider by the
+        model's maximum. A number that is not `is_usual` is hidden also if that is not known."""
         field = model and model.field(self._name)
-        self._box.set_visibility(bool(field) or (is_usual and (model is None or model.takes(self._name))))
+        self._box.set_visibility((is_usual or bool(field)) and (model is None or model.takes(self._name, given)))
         self._most = self._widest if not field or field.maximum is None else min(self._widest, field.maximum)
         self._slider.props(f"max={self._most:g}")
 

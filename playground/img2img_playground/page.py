@@ -68,9 +68,7 @@ class Page:
             session.settings = session.settings.followed(None, session.model)
         self._stage.show(session)
         self._references.show(session)
-        self._controls.show(
-            session.settings, state, session.failure, masked=session.extras.fitted(session.model).mask is not None
-        )
+        self._controls.show(session.settings, state, session.failure, session.extras.fitted(session.model).given)
         self._bar.show(session.run, ready=session.source is not None)
         self._gallery.show(session.history, session.shown)
         self._presets.show(session.settings)

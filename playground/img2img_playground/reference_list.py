@@ -5,7 +5,6 @@ from collections.abc import Callable
 from nicegui import ui
 
 from img2img_playground.components import ImagePicker
-from img2img_playground.extras import most_references
 from img2img_playground.images import ImageFile
 from img2img_playground.session import Session
 
@@ -29,7 +28,7 @@ class ReferenceList:
 
     def show(self, session: Session) -> None:
         """Shows the session's references if its model takes them."""
-        most, images = most_references(session.model), session.extras.references
+        most, images = session.most_references, session.extras.references
         self._box.set_visibility(most > 0)
         self._hint.text = f"Reference images, up to {most}: an object, a style, a person"
         self._picker.set_visibility(len(images) < most)

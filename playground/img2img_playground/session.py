@@ -122,9 +122,14 @@ class Session:
         except UnusableImage as error:
             self.fail(Failure("The image cannot be used as a reference.", str(error), "reference_images"))
             return
-        if len(self.extras.references) < most_references(self.model):
+        if len(self.extras.references) < self.most_references:
             self.extras = replace(self.extras, references=(*self.extras.references, image))
             self._mend("reference_images")
+
+    @property
+    def most_references(self) -> int:
+        """The maximum number of references that the model takes now."""
+        return most_references(self.model, self.extras.fitted(self.model).mask is not None)
 
     def remove_reference(self, image: ImageFile) -> None:
         """Removes one of the references."""
@@ -205,7 +210,8 @@ class Session:
 
     def fitted(self) -> tuple[Settings, Extras]:
         """The settings and images that the model takes."""
-        settings, extras = self.settings.fitted(self.model), self.extras.fitted(self.model)
+        extras = self.extras.fitted(self.model)
+        settings = self.settings.fitted(self.model, extras.given)
         return replace(settings, mask_blur=settings.mask_blur if extras.mask is not None else None), extras
 
     def cancel(self) -> None:
@@ -230,7 +236,7 @@ class Session:
         loop = asyncio.get_running_loop()
         began = loop.time()
         options = settings.options() | extras.options()
-        options["preview_interval"] = settings.preview_interval
+        options["preview_interval"] = settings.preview_interval(self.model, extras.given)
         try:
             async with self._client.transform_stream(source.data, **options) as events:
                 async for event in events:

@@ -1,7 +1,7 @@
 """The settings on the page, which determine the request and the copied program."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -77,11 +77,11 @@ class Settings:
         }
         return {name: value for name, value in options.items() if value is not None}  # type: ignore[return-value]
 
-    def fitted(self, model: "ModelInfo | None") -> "Settings":
-        """Without the settings that the model does not take, which the server would refuse."""
+    def fitted(self, model: "ModelInfo | None", given: Collection[str] = ()) -> "Settings":
+        """Without the settings that the model does not take beside the other options `given`, which the server would refuse."""
         if model is None:
             return self
-        numbers = {name: None for name in _USUAL if not model.takes(name)}
+        numbers = {name: None for name in _USUAL if not model.takes(name, given)}
         kept = self if model.takes("negative_prompt") else replace(self, negative_prompt="")
         if not model.takes("scheduler"):
             kept = replace(kept, scheduler=None)
@@ -121,11 +121,19 @@ class Settings:
                 raise ValueError(f"{name} is {value!r}")
         return settings
 
-    @property
-    def preview_interval(self) -> int:
-        """Steps between previews."""
-        steps = (self.num_inference_steps or 25) * (self.strength or 0.8)
+    def preview_interval(self, model: "ModelInfo | None", given: Collection[str] = ()) -> int:
+        """Steps between previews by the model, with the other options `given`."""
+        steps: float = self.num_inference_steps or _default(model, "num_inference_steps")
+        if model is None or model.takes("strength", given):  # Others run all steps.
+            steps *= self.strength or _default(model, "strength")
         return max(1, math.ceil(steps / _PREVIEWS)) if math.isfinite(steps) else 1
+
+
+def _default(model: "ModelInfo | None", name: str) -> float:
+    """The number that the model uses if it is not set."""
+    field = None if model is None else model.field(name)
+    default = _USUAL[name] if field is None else field.default
+    return default if isinstance(default, int | float) else 1
 
 
 def model_of(settings: Settings, models: "Sequence[ModelInfo]") -> "ModelInfo | None":

@@ -1,6 +1,7 @@
 """Options that the caller sets are sent unchanged; omitted options stay unset."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,5 +182,10 @@ def test_taken_options_drops_options_the_model_does_not_support() -> None:
         assert taken_options({**options, "model": name}, models) == {**options, "model": name}
     by_reference: TransformOptions = {**options, "model": ModelReference(path="edits")}
     assert "strength" not in taken_options(by_reference, models)
+    masked = replace(edits, fields=(*edits.fields, FieldInfo("mask"), FieldInfo("strength", needs="mask")))
+    assert taken_options(options, [masked]) == rest, "a strength needs a mask"
+    for mask, taken in ((None, False), (b"mask", True)):
+        asked: TransformOptions = {**options, "mask": mask}
+        assert ("strength" in taken_options(asked, [masked])) is taken
     unclear: TransformOptions = {**options, "model": ModelReference(repo_id="acme/edits")}
     assert taken_options(unclear, models) == unclear

@@ -36,6 +36,7 @@ def test_models_are_listed(service: FakeService, server: FakeServer, capsys: pyt
                 model_pb2.RequestField(name="prompt", default_text="a lake", maximum=4096),
                 model_pb2.RequestField(name="strength", default_number=0.8, minimum=0, maximum=1, exclusive_minimum=True),
                 model_pb2.RequestField(name="reference_images", max_count=4),
+                model_pb2.RequestField(name="mask_blur", default_number=0, needs="mask"),
             ],
         ),
         model_pb2.Model(
@@ -71,7 +72,13 @@ def test_models_are_listed(service: FakeService, server: FakeServer, capsys: pyt
     assert all(name in out for name in ("schedulers", "DDIM[red]", "DPM++ 2M"))
     assert main(["models", "--server", server.target, "--fields"]) == 0
     out = capsys.readouterr().out
-    shown = ("image: required", 'prompt: "a lake", to 4096', "strength: 0.8, above 0 to 1", "reference_images: at most 4")
+    shown = (
+        "image: required",
+        'prompt: "a lake", to 4096',
+        "strength: 0.8, above 0 to 1",
+        "reference_images: at most 4",
+        "mask_blur: 0, only with mask",
+    )
     assert all(line in out for line in shown)
 
 

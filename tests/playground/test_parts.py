@@ -90,7 +90,7 @@ def test_untouched_settings_are_the_contracts_defaults() -> None:
 
 @given(st.floats() | st.none(), st.integers(0, 10**6) | st.none())
 def test_at_most_twelve_previews_are_requested(strength: float | None, steps: int | None) -> None:
-    interval = Settings(strength=strength, num_inference_steps=steps).preview_interval
+    interval = Settings(strength=strength, num_inference_steps=steps).preview_interval(None)
     assert interval >= 1
     if strength is not None and steps is not None and 0 < strength <= 1 and steps >= 1:
         assert steps * strength / interval <= 12
@@ -620,6 +620,24 @@ def test_settings_that_the_model_does_not_take_are_not_sent() -> None:
     assert settings.fitted(_USUAL) == replace(settings, true_cfg_scale=None)
     for unknown in (_UNKNOWN, None):
         assert settings.fitted(unknown) == settings
+
+
+def test_strength_and_references_that_need_a_mask_are_sent_with_one_only() -> None:
+    """So it is with models that edit; and without a strength they run all steps."""
+    fields = (*_EDITS.fields, FieldInfo("mask"), FieldInfo("strength", default=1.0, needs="mask"))
+    session = _new_session()
+    session.model = replace(_EDITS, fields=(*fields, FieldInfo("reference_images", max_count=1, needs="mask")))
+    image = ImageFile("m.png", "image/png", 1, 1, b"m")
+    session.settings = Settings(strength=0.5, num_inference_steps=48)
+    session.extras = Extras(None, (image,))
+    settings, extras = session.fitted()
+    assert (settings.strength, extras.references, session.most_references) == (None, (), 0)
+    assert settings.preview_interval(session.model, extras.given) == 4
+    session.extras = Extras(image, (image,))
+    settings, extras = session.fitted()
+    assert (settings.strength, extras.references, session.most_references) == (0.5, (image,), 1)
+    assert settings.preview_interval(session.model, extras.given) == 2
+    assert replace(settings, strength=None).preview_interval(session.model, extras.given) == 4, "its own strength is 1"
 
 
 def test_untouched_settings_follow_the_models_defaults() -> None:

@@ -16,7 +16,7 @@ from img2img_server.api.request_fields import fields_of, is_set
 from img2img_server.config import ServerConfig
 from img2img_server.engine.request import Request
 from img2img_server.support.model_fields import GUIDED, FieldRule, ModelFields
-from img2img_server.support.source_rule import SourceRule
+from img2img_server.support.source_rule import MaskUse, SourceRule
 from messages import failure, png, request
 from running import running, store
 
@@ -64,9 +64,11 @@ class Model:
 
 
 @contextmanager
-def serving_model(fields: ModelFields, schedulers: tuple[str, ...] = FakePipeline.schedulers) -> Iterator[Model]:
+def serving_model(
+    fields: ModelFields, schedulers: tuple[str, ...] = FakePipeline.schedulers, mask: MaskUse = "none"
+) -> Iterator[Model]:
     pipeline = FakePipeline()
-    pipeline.fields, pipeline.schedulers = fields, schedulers
+    pipeline.fields, pipeline.schedulers, pipeline.source_rule = fields, schedulers, SourceRule(mask=mask)
     with (
         running(lambda: store(m=pipeline)) as server,
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
@@ -164,6 +166,24 @@ def test_a_models_own_defaults_are_listed_and_used() -> None:
         assert (asked.guidance_scale, asked.num_inference_steps) == (3.5, 4)
 
 
+def test_a_field_that_needs_a_mask_is_refused_without_one() -> None:
+    """As models that edit have a strength, and Kontext a reference; the model's own default is not used without a mask either."""
+    fields = {"strength": FieldRule(0.6, needs="mask"), "reference_images": FieldRule(needs="mask", max_count=1)}
+    one = pb.ImageSource(data=png())
+    with serving_model(fields, mask="optional") as model:
+        assert (model.fields["strength"].needs, model.fields["strength"].default_number) == ("mask", 0.6)
+        assert (model.fields["reference_images"].needs, model.fields["reference_images"].max_count) == ("mask", 1)
+        assert model.fields["mask_blur"].needs == "mask"
+        assert model.run().strength == 1.0
+        assert model.refused(strength=0.6) == "strength"
+        assert model.refused(reference_images=[one]) == "reference_images"
+        assert model.run(mask=one).strength == 0.6
+        asked = model.run(mask=one, strength=0.3, reference_images=[one])
+        assert (asked.strength, len(asked.references)) == (0.3, 1)
+        assert model.refused(mask=one, reference_images=[one, one]) == "reference_images"
+        assert model.refused(mask=one, strength=0.0) == "strength"
+
+
 def test_true_cfg_scale_and_negative_prompt_need_each_other(full: Model) -> None:
     assert full.refused(true_cfg_scale=2.0) == "true_cfg_scale"
     for negative in ("", "fog"):
@@ -177,15 +197,18 @@ def test_true_cfg_scale_and_negative_prompt_need_each_other(full: Model) -> None
 
 
 def test_defaults_of_openais_api_do_not_refuse_a_model_without_the_fields() -> None:
-    pipeline = FakePipeline()
+    pipeline, editor = FakePipeline(), FakePipeline()
     pipeline.fields = {}
-    with serving(pipelines={"m": pipeline}) as server:
+    editor.fields, editor.source_rule = {"strength": FieldRule(0.6, needs="mask")}, SourceRule(mask="optional")
+    with serving(pipelines={"m": pipeline, "editor": editor}) as server:
+        assert ask(server, VARIATIONS, ("model", "editor")).status == 200, "it has a strength with a mask only"
+        assert editor.prepared[-1].request.strength == 1.0
         for stream in ("false", "true"):
-            answer = ask(server, VARIATIONS, ("stream", stream))
+            answer = ask(server, VARIATIONS, ("model", "m"), ("stream", stream))
             assert answer.status == 200, answer.body
             asked = pipeline.prepared[-1].request
             assert (asked.prompt, asked.strength, asked.guidance_scale) == ("", 1.0, 1.0)
-        refused = ask(server, VARIATIONS, ("strength", "0.5"))
+        refused = ask(server, VARIATIONS, ("model", "m"), ("strength", "0.5"))
         assert (refused.status, refused.error["param"]) == (400, "strength")
         fields = {field["name"]: field for field in get(server, "/v1/models/m").json["fields"]}
         assert "strength" not in fields

@@ -219,6 +219,7 @@
  * @property {number} [maximum]
  * @property {boolean} exclusive_minimum
  * @property {number} max_count
+ * @property {string} needs
  */
 
 /**

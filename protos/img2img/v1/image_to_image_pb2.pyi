@@ -117,7 +117,8 @@ class TransformRequest(_message.Message):
     """
     strength: _builtins.float
     """How much to change the source, above 0 and up to 1; num_inference_steps times strength steps, rounded down, are run, which
-    must be at least one. Models that edit, such as Flux Kontext, have no strength and run all steps. Default: 0.8.
+    must be at least one. Models that edit, such as Flux Kontext, have a strength only with a mask: without one they start from
+    noise and run all steps. GetModel lists the default of each model; of most it is that of the contract. Default: 0.8.
     """
     num_inference_steps: _builtins.int
     """Inference steps at strength 1, 1 to 100 (configurable). Default: 25."""
@@ -179,14 +180,16 @@ class TransformRequest(_message.Message):
     def mask(self) -> Global___ImageSource:
         """Which part of the source to redraw (inpainting): white is redrawn, black is kept. Any image: it becomes gray, without color
         management, transparency counts as white, and it is resized to the result's size. Default: none, so the whole image is
-        transformed; required for inpainting models.
+        transformed; required for inpainting models. Models that edit start from the source if they get a mask, and look at it at the
+        result's size.
         """
 
     @_builtins.property
     def reference_images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageSource]:
         """More images to edit by, in this order after `image`, each in its own aspect ratio: an object to insert, a style, a person. Only
         for models that take several, such as FLUX.2 and Qwen-Image-Edit-Plus; at most 4 (configurable). Together they have at most twice
-        the bytes and twice the pixels that one image may have. Default: none.
+        the bytes and twice the pixels that one image may have. Flux Kontext takes one with a mask, and looks at it instead of the
+        source. Default: none.
         """
 
     @_builtins.property

@@ -253,6 +253,7 @@ class RequestField(_message.Message):
     MAXIMUM_FIELD_NUMBER: _builtins.int
     EXCLUSIVE_MINIMUM_FIELD_NUMBER: _builtins.int
     MAX_COUNT_FIELD_NUMBER: _builtins.int
+    NEEDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name, such as "strength", or "output.quality" for a field of a message."""
     required: _builtins.bool
@@ -271,6 +272,10 @@ class RequestField(_message.Message):
     """Whether numbers must be above `minimum`, and not equal to it."""
     max_count: _builtins.int
     """The maximum number of elements of a repeated field; 0 for other fields."""
+    needs: _builtins.str
+    """The name of another field that this one needs: it has no effect in requests that do not set that field, and they are refused
+    if they set it. Models that edit need a mask for strength. Empty for most fields.
+    """
     def __init__(
         self,
         *,
@@ -283,10 +288,11 @@ class RequestField(_message.Message):
         maximum: _builtins.float | None = ...,
         exclusive_minimum: _builtins.bool = ...,
         max_count: _builtins.int = ...,
+        needs: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_maximum", b"_maximum", "_minimum", b"_minimum", "default", b"default", "default_number", b"default_number", "default_switch", b"default_switch", "default_text", b"default_text", "maximum", b"maximum", "minimum", b"minimum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_maximum", b"_maximum", "_minimum", b"_minimum", "default", b"default", "default_number", b"default_number", "default_switch", b"default_switch", "default_text", b"default_text", "exclusive_minimum", b"exclusive_minimum", "max_count", b"max_count", "maximum", b"maximum", "minimum", b"minimum", "name", b"name", "required", b"required"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_maximum", b"_maximum", "_minimum", b"_minimum", "default", b"default", "default_number", b"default_number", "default_switch", b"default_switch", "default_text", b"default_text", "exclusive_minimum", b"exclusive_minimum", "max_count", b"max_count", "maximum", b"maximum", "minimum", b"minimum", "name", b"name", "needs", b"needs", "required", b"required"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__maximum: _TypeAlias = _typing.Literal["maximum"]  # noqa: Y015
     _WhichOneofArgType__maximum: _TypeAlias = _typing.Literal["_maximum", b"_maximum"]  # noqa: Y015

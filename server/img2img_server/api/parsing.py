@@ -42,8 +42,8 @@ class Reading:
     """How another API than gRPC reads its messages.
 
     With `mask_by_alpha`, the mask's transparent areas are redrawn instead of its white ones. Fields that are `optional` were not
-    set by the caller, and are cleared if the model does not take them. A stream has at most `preview_count` previews, spread over
-    the request's steps; None if the message's preview_interval says when they are due.
+    set by the caller, and are cleared if the model makes no use of them. A stream has at most `preview_count` previews, spread
+    over the request's steps; None if the message's preview_interval says when they are due.
     """
 
     mask_by_alpha: bool = False
@@ -62,8 +62,8 @@ class ParsedRequest:
     `arrival` is in seconds (time.perf_counter). If `as_asset` is set, the images are stored and their ids sent. `source_asset` is
     the id of the source's asset, `mask_asset` of the mask's, `reference_assets` of the references', `control_assets` of the
     control images', empty if it is none; `mask_rule` is None without a mask. `model` has no pipeline, because the request may
-    outlive the model in memory; `engine` names the pipeline's engine on arrival. `fields` are the names of the fields that the
-    model takes.
+    outlive the model in memory; `engine` names the pipeline's engine on arrival. `fields` are the names of the fields that affect
+    it.
     """
 
     model: Model
@@ -118,7 +118,7 @@ class Parser:
             raise InvalidField("model", f"'{model.id}' is a ControlNet, which other models' requests name in controls")
         fields = fields_of(self._config, _pipeline_of(model))
         for name in reading.optional:
-            if name not in fields:
+            if name not in fields or not fields.uses(message, name):
                 message.ClearField(name)  # type: ignore[arg-type]
         fields.check(message)
         prompt, negative_prompt = fields.text(message, "prompt"), fields.text(message, "negative_prompt")
@@ -202,7 +202,7 @@ class Parser:
             asset_of(message.image),
             asset_of(message.mask),
             rule,
-            frozenset(fields),
+            fields.used(message),
             tuple(map(asset_of, message.reference_images)),
             tuple(asset_of(control.image) for control in message.controls),
         )

@@ -45,7 +45,7 @@ class RequestField:
 
     `default` is None if it is not a fixed value. Numbers are in `minimum` to `maximum`; texts have as many characters. A model
     that does not take the field refuses it with `lacking`; every model takes a field that is `lacking` nothing. `max_count` is of
-    repeated fields.
+    repeated fields. `needs` is another field, without which this one has no effect.
     """
 
     name: str
@@ -56,6 +56,7 @@ class RequestField:
     maximum: float | None = None
     exclusive_minimum: bool = False
     max_count: int = 0
+    needs: str = ""
 
     def check(self, value: float) -> None:
         """Raises InvalidField for a number that is out of bounds."""
@@ -90,7 +91,14 @@ def _table(config: ServerConfig, size_multiple: int) -> tuple[RequestField, ...]
         RequestField("image_count", default=1, minimum=1, maximum=config.max_image_count),
         RequestField("reference_images", "this model edits by one image: send only image", max_count=config.max_reference_images),
         *(
-            RequestField(name, _NO_MASK, default=default, minimum=None if most is None else 0, maximum=most)
+            RequestField(
+                name,
+                _NO_MASK,
+                default=default,
+                minimum=None if most is None else 0,
+                maximum=most,
+                needs="" if name == "mask" else "mask",
+            )
             for name, default, most in _MASK
         ),
         RequestField("width", minimum=size_multiple),
@@ -137,7 +145,8 @@ class RequestFields(Mapping[str, RequestField]):
             taken |= {name for name, *_ in _MASK}
         rows = [row for row in rows if not row.lacking or row.name in taken]
         rows = [replace(row, required=True) if row.name == "mask" and mask == "required" else row for row in rows]
-        self._rows = {row.name: _with_default(row, own[row.name].default if row.name in own else None) for row in rows}
+        self._rows = {row.name: _by_rule(row, own.get(row.name, _NO_RULE)) for row in rows}
+        self._needs = {name: rule.needs for name, rule in own.items() if rule.needs}
 
     def __getitem__(self, name: str) -> RequestField:
         return self._rows[name]
@@ -149,18 +158,33 @@ class RequestFields(Mapping[str, RequestField]):
         return len(self._rows)
 
     def check(self, message: pb.TransformRequest) -> None:
-        """Raises InvalidField for a field that is set and that the model does not take, and for too many elements. An empty
-        text counts as unset."""
+        """Raises InvalidField for a field that is set and that the model does not take, or not without another one, and for too
+        many elements. An empty text counts as unset."""
         for row in self._all:
             if row.name not in self._rows and row.lacking != _NO_MASK and is_set(message, row.name):
                 raise InvalidField(row.name, f"{row.lacking}; leave {row.name} unset")
+            if not self.uses(message, row.name) and is_set(message, row.name):
+                needed = self._needs[row.name]
+                raise InvalidField(row.name, f"this model uses it only with a {needed}: set {needed}, or leave {row.name} unset")
             if row.max_count and len(getattr(message, row.name)) > row.max_count:
                 given = len(getattr(message, row.name))
                 raise InvalidField(row.name, f"there are {given}, the maximum of this server is {row.max_count}")
+            if row.name in self._rows and 0 < self._rows[row.name].max_count < len(getattr(message, row.name)):
+                given, most = len(getattr(message, row.name)), self._rows[row.name].max_count
+                raise InvalidField(row.name, f"there are {given}, the maximum of this model is {most}")
+
+    def uses(self, message: pb.TransformRequest, name: str) -> bool:
+        """Whether the request has the field that the model needs for the field `name`, if it needs one."""
+        return name not in self._needs or is_set(message, self._needs[name])
+
+    def used(self, message: pb.TransformRequest) -> frozenset[str]:
+        """The fields that affect this request."""
+        return frozenset(name for name in self._rows if self.uses(message, name))
 
     def number(self, message: pb.TransformRequest, name: str, without: float = 1.0) -> float:
-        """The number of a field, or its default; `without` if the model does not take it. Raises InvalidField."""
-        if name not in self._rows:
+        """The number of a field, or its default; `without` if the model does not take it in this request. Raises
+        InvalidField."""
+        if name not in self._rows or not self.uses(message, name):
             return without
         row = self._rows[name]
         *outer, own = name.split(".")
@@ -191,8 +215,17 @@ def is_set(message: pb.TransformRequest, name: str) -> bool:
     return bool(getattr(message, name)) if field.is_repeated or field.type == field.TYPE_STRING else message.HasField(name)  # type: ignore[arg-type]
 
 
-def _with_default(row: RequestField, default: float | None) -> RequestField:
-    return row if default is None else replace(row, default=default)
+_NO_RULE = FieldRule()
+
+
+def _by_rule(row: RequestField, rule: FieldRule) -> RequestField:
+    """A row of the table as a model has it."""
+    return replace(
+        row,
+        default=row.default if rule.default is None else rule.default,
+        needs=rule.needs or row.needs,
+        max_count=row.max_count if rule.max_count is None else min(row.max_count, rule.max_count),
+    )
 
 
 def _message(row: RequestField) -> model_pb2.RequestField:
@@ -204,5 +237,6 @@ def _message(row: RequestField) -> model_pb2.RequestField:
         maximum=row.maximum,
         exclusive_minimum=row.exclusive_minimum,
         max_count=row.max_count,
+        needs=row.needs,
         **({} if row.default is None else {kind: row.default}),  # type: ignore[arg-type]
     )

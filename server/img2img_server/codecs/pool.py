@@ -436,7 +436,7 @@ class Codecs:
     ) -> bytes:
         """Encodes an RGB image, with `record` as in images.encode. Returns the file's bytes.
 
-        `overlay` is a source and its mask, both of the image's size: the image is pasted into the source by it.
+        `overlay` is a source and its mask, which has the image's size: the image is pasted into the source by it.
         """
         size = image.width * image.height * 3 if overlay is None else _SLOW
         job = Encode(image.size, file_format, quality, record)

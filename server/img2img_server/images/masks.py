@@ -28,10 +28,13 @@ def prepare_mask(values: Image.Image, rule: MaskRule, size: tuple[int, int]) -> 
 
 
 def paste(image: Image.Image, source: Image.Image, mask: Image.Image) -> Image.Image:
-    """`image` where `mask` is white, `source` where it is black, and a blend where it is gray. All have one size.
+    """`image` where `mask` is white, `source` where it is black, and a blend where it is gray. A source of another size than the
+    image and the mask is resized to theirs.
 
     The arithmetic is that of diffusers' VaeImageProcessor.apply_overlay.
     """
+    if source.size != image.size:  # models that edit get sources at their own size
+        source = source.resize(image.size, Image.Resampling.LANCZOS)
     kept = Image.new("RGBa", source.size)
     kept.paste(source.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(mask))
     pasted = image.convert("RGBA")

@@ -6,9 +6,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FieldRule:
-    """A field that a model takes, with the model's own `default`, or None for the server's."""
+    """A field that a model takes, with the model's own `default`, or None for the server's.
+
+    `needs` is another field, without which the model makes no use of this one. `max_count` bounds a repeated field below the
+    server's own maximum.
+    """
 
     default: float | None = None
+    needs: str = ""
+    max_count: int | None = None
 
 
 ModelFields = Mapping[str, FieldRule]

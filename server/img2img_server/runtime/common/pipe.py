@@ -17,6 +17,13 @@ def view_of(pipe: Any, **parts: Any) -> Any:
     return view
 
 
+def view_as(pipe: Any, kind: type, **parts: Any) -> Any:
+    """A shallow copy of `pipe` as an object of another class, which has the same components, with other `parts`."""
+    view: Any = object.__new__(kind)
+    view.__dict__.update(pipe.__dict__, **parts)
+    return view
+
+
 SQUARE = frozenset({"KandinskyImg2ImgCombinedPipeline"})
 """Classes of diffusers (seen in 0.42) that make square images only: others fail in `prepare_latents`."""
 

@@ -1,5 +1,6 @@
 """Which fields of a request a diffusers pipeline takes: those of its call that change its images."""
 
+import inspect
 from typing import Any
 
 from img2img_server.runtime.common.pipe import call_parameters
@@ -45,6 +46,16 @@ def request_fields(pipe: Any) -> ModelFields:
     if pipe.config.get("is_distilled"):
         fields["num_inference_steps"] = FieldRule(_DISTILLED_STEPS)
     return fields
+
+
+def masked_fields(kind: Any, fields: ModelFields) -> ModelFields:
+    """What requests with a mask can set in addition to `fields`, the model's: parameters of diffusers' inpainting class `kind`,
+    which sees one reference, or as many as the model without a mask."""
+    parameters = inspect.signature(kind.__call__).parameters
+    masked = {"strength": FieldRule(parameters["strength"].default, needs="mask")}
+    if "image_reference" in parameters and "reference_images" not in fields:
+        masked["reference_images"] = FieldRule(needs="mask", max_count=1)
+    return masked
 
 
 def _ignored(pipe: Any) -> set[str]:

@@ -105,23 +105,34 @@ class Encoder:
         for request, mask in zip(requests, masks, strict=True):
             digest = request.image_digest + mask.digest if request.image_digest and mask.digest else b""
             wanted.append((request.cache_scope, request.image, digest))
-        return self._images(wanted, "masked", masks)
+        # What is redrawn becomes the middle between black and white, as in diffusers' inpainting pipelines.
+        pixels = lambda index: self._pixels(wanted[index][1]) * (1 - redrawn_pixels(masks[index].image))  # noqa: E731
+        return self._images(wanted, "masked", pixels)
+
+    def sized_images(
+        self, requests: Sequence[Request], pixels: Callable[[Image.Image, tuple[int, int]], torch.Tensor]
+    ) -> list[SimpleNamespace]:
+        """Like `images`, of the images at the sizes of their requests' results: `pixels` makes what the VAE encodes of an image
+        and a size."""
+        wanted = []
+        for request in requests:
+            size = "{} x {}".format(*request.result_size).encode()
+            wanted.append((request.cache_scope, request.image, request.image_digest and request.image_digest + size))
+        return self._images(wanted, "sized", lambda index: pixels(requests[index].image, requests[index].result_size))
 
     def _images(
-        self, wanted: Sequence[ScopedImage], kind: str = "image", masks: Sequence[Mask] | None = None
+        self, wanted: Sequence[ScopedImage], kind: str = "image", pixels: Callable[[int], torch.Tensor] | None = None
     ) -> list[SimpleNamespace]:
+        """The encodings of `wanted`; `pixels` makes what is encoded of one by its index."""
         # An image without a digest is not cached.
         keys: list[_ImageKey] = [(scope, digest or index) for index, (scope, _, digest) in enumerate(wanted)]
         places = {key: index for index, key in enumerate(keys)}
         found, missing = self._look_up({key: (kind, *key) for key in places})
-        for size in sorted({wanted[places[key]][1].size for key in missing}):
-            together = [key for key in missing if wanted[places[key]][1].size == size]
-            pixels = [self._pixels(wanted[places[key]][1]) for key in together]
-            if masks is not None:
-                # What is redrawn becomes the middle between black and white, as in diffusers' inpainting pipelines.
-                kept = [1 - redrawn_pixels(masks[places[key]].image) for key in together]
-                pixels = [own * part for own, part in zip(pixels, kept, strict=True)]
-            for key, own in zip(together, torch.split(self._encode_pixels(torch.cat(pixels)), 1), strict=True):
+        made = {key: pixels(places[key]) if pixels else self._pixels(wanted[places[key]][1]) for key in missing}
+        for shape in sorted({tuple(own.shape) for own in made.values()}):
+            together = [key for key in missing if made[key].shape == shape]
+            encoded = self._encode_pixels(torch.cat([made[key] for key in together]))
+            for key, own in zip(together, torch.split(encoded, 1), strict=True):
                 found[key] = own
                 if isinstance(key[1], bytes):
                     self._cache.put((self._own, kind, *key), own, own.nbytes)

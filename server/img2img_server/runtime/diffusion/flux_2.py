@@ -7,10 +7,12 @@ import torch
 from PIL import Image
 
 from img2img_server.engine.request import Request
+from img2img_server.runtime.common.pipe import view_as
 from img2img_server.runtime.common.vae import decode_shifted
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.tokens import TokenPipeline, TrulyGuidedPipeline
 from img2img_server.runtime.schedulers.flow import EditSchedulers, Flux2Schedulers
+from img2img_server.support.source_rule import MaskUse
 
 _MOST_PIXELS = 1024 * 1024
 """Larger references are shrunk to this."""
@@ -22,6 +24,10 @@ class Flux2Klein(TokenPipeline):
 
     edits = True
     scheduler_cache = Flux2Schedulers
+    mask_use: MaskUse = "optional"
+    mask_mode = "bilinear"
+    encodes_masked_source = False
+    inpainting = "Flux2KleinInpaintPipeline"
     _no_image = ()
 
     def _is_guided(self, request: Request) -> bool:
@@ -55,9 +61,18 @@ class Flux2Klein(TokenPipeline):
         )
         return pixels
 
+    def _sized_pixels(self, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+        return super()._sized_pixels(self._shrunk(image), size)
+
     def _reference(self, pipe: Any) -> torch.Tensor:
         latents: torch.Tensor = pipe._encode_vae_image(image=torch.empty(1, 3, 1, 1), generator=None)
         return latents.flatten(2).transpose(1, 2)
+
+    def _as_inpainting(self, pipe: Any) -> Any:
+        return view_as(pipe, self._inpainting, latent_channels=pipe.vae.config.latent_channels)
+
+    def _layout(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.flatten(2)[..., None]
 
     def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
         width, height = (side // self.size_multiple for side in request.result_size)
@@ -71,17 +86,23 @@ class Flux2Klein(TokenPipeline):
 
 
 class Flux2(Flux2Klein):
-    """FLUX.2, whose guidance is an input of the transformer."""
+    """FLUX.2, whose guidance is an input of the transformer. diffusers has no inpainting class of it."""
+
+    mask_use = "none"
+    inpainting = ""
 
     def _is_guided(self, request: Request) -> bool:
         return False
 
 
 class FluxKontext(TrulyGuidedPipeline):
-    """Flux Kontext: Flux dev, which looks at the source at one of its training sizes."""
+    """Flux Kontext: Flux dev, which looks at the source at one of its training sizes. With a mask it can look at a reference
+    instead."""
 
     edits = True
     scheduler_cache = EditSchedulers
+    mask_use: MaskUse = "optional"
+    inpainting = "FluxKontextInpaintPipeline"
 
     def _encode_texts(self, texts: list[str]) -> list[Embedding]:
         hidden_states, pooled, _ = self._pipe.encode_prompt(texts, None, self._pipe._execution_device)
@@ -100,10 +121,16 @@ class FluxKontext(TrulyGuidedPipeline):
         pixels: torch.Tensor = processor.preprocess(processor.resize(image, height, width), height, width)
         return pixels
 
+    def _sees_source(self, request: Request) -> bool:
+        return not request.references
+
     def _reference(self, pipe: Any) -> torch.Tensor:
         latents = pipe._encode_vae_image(image=torch.empty(1, 3, 1, 1), generator=None)
         tokens: torch.Tensor = pipe._pack_latents(latents, *latents.shape)
         return tokens
+
+    def _layout(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._packed(self._pipe._pack_latents(latents, *latents.shape))
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         return decode_shifted(self._pipe.vae, latents)

@@ -23,8 +23,8 @@ _HALF = 128
 class Blend:
     """What replaces a request's latents [n, C, h, w] outside its mask. All tensors have the latents' shape and device.
 
-    `redrawn` is 1 where the mask is white, else 0. `original` are the source's latents and `noise` that of the first step, both 0
-    where the mask is white.
+    `redrawn` is 1 where the mask is white, else 0, and between them for models with soft masks. `original` are the source's
+    latents and `noise` that of the first step, both times what `redrawn` lacks of 1.
     """
 
     redrawn: torch.Tensor
@@ -35,15 +35,15 @@ class Blend:
     @classmethod
     def of(
         cls,
-        mask: Image.Image,
+        redrawn: torch.Tensor,
         original: torch.Tensor,
         noise: torch.Tensor,
         levels: NoiseLevels,
         layout: Callable[[torch.Tensor], torch.Tensor],
     ) -> "Blend":
-        """The blend of a gray mask of the image's size; `original` and `noise` are whole, as the VAE has them, and `layout` makes
-        a state's latents of such tensors."""
-        redrawn = mask_latents(mask, original).expand_as(original).contiguous()
+        """The blend of a mask for latents, [1, 1, h, w]; `original` and `noise` are whole, as the VAE has them, and `layout`
+        makes a state's latents of such tensors."""
+        redrawn = redrawn.expand_as(original).contiguous()
         kept = 1 - redrawn
         return cls(layout(redrawn), layout(original * kept), layout(noise * kept), levels)
 
@@ -53,9 +53,10 @@ def redrawn_pixels(mask: Image.Image) -> torch.Tensor:
     return torch.from_numpy((np.asarray(mask) >= _HALF).astype(np.float32))[None, None]
 
 
-def mask_latents(mask: Image.Image, like: torch.Tensor) -> torch.Tensor:
-    """A gray mask for latents [n, C, h, w] as [1, 1, h, w]: 1 for latents to redraw, else 0, on the device of `like`."""
-    scaled = torch.nn.functional.interpolate(redrawn_pixels(mask), size=like.shape[-2:])
+def mask_latents(mask: Image.Image, like: torch.Tensor, mode: str = "nearest") -> torch.Tensor:
+    """A gray mask for latents [n, C, h, w] as [1, 1, h, w]: 1 for latents to redraw, else 0, on the device of `like`. The `mode`
+    is of torch's `interpolate`; some give values between."""
+    scaled = torch.nn.functional.interpolate(redrawn_pixels(mask), size=like.shape[-2:], mode=mode)
     return send(scaled, like.device, like.dtype)
 
 

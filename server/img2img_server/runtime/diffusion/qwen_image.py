@@ -57,7 +57,7 @@ class QwenImageEdit(QwenImage):
 
     edits = True
     scheduler_cache = EditSchedulers
-    mask_use = "none"
+    inpainting = "QwenImageEditInpaintPipeline"
 
     def _embed(self, requests: Sequence[Request], choices: Sequence[Choice | None]) -> list[dict[str, Embedding]]:
         return [
@@ -88,6 +88,9 @@ class QwenImageEdit(QwenImage):
         pixels: torch.Tensor = processor.preprocess(processor.resize(image, height, width), height, width)
         return pixels[:, :, None]
 
+    def _sized_pixels(self, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+        return super()._sized_pixels(image, size)[:, :, None]
+
     def _reference(self, pipe: Any) -> torch.Tensor:
         latents = pipe._encode_vae_image(image=torch.empty(1, 3, 1, 1, 1), generator=None)
         channels, _, height, width = latents.shape[1:]
@@ -96,7 +99,10 @@ class QwenImageEdit(QwenImage):
 
 
 class QwenImageEditPlus(QwenImageEdit):
-    """The text encoder and the transformer see the images at different sizes."""
+    """The text encoder and the transformer see the images at different sizes. diffusers has no inpainting class of it."""
+
+    mask_use = "none"
+    inpainting = ""
 
     def _prompt_image(self, request: Request) -> Any:
         module: Any = inspect.getmodule(type(self._pipe).prepare_latents)

@@ -29,7 +29,7 @@ from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.control.controls import ModelControls, NoControls, Rows
 from img2img_server.runtime.diffusion import preview
 from img2img_server.runtime.diffusion.conditioning import Embedding, Encoder
-from img2img_server.runtime.diffusion.masking import Blend, kept_latents, replace_kept
+from img2img_server.runtime.diffusion.masking import Blend, kept_latents, mask_latents, replace_kept
 from img2img_server.runtime.diffusion.speedups import Chosen, SpeedupChooser
 from img2img_server.runtime.diffusion.state import (
     Conditioning,
@@ -75,6 +75,11 @@ class SteppedPipeline(ABC):
     mask_use: MaskUse = "none"
     """Whether requests may have a mask, or must. Latents are replaced outside of optional ones, so the family's `prepare_latents`
     adds noise by its scheduler."""
+
+    mask_mode = "nearest"
+    """How masks are scaled to the size of latents: a mode of torch's `interpolate`."""
+    encodes_masked_source = True
+    """Whether diffusers' inpainting class encodes the source without what is redrawn, too."""
 
     takes_controls = False
     """Whether requests may have ControlNets, if the denoiser has a control graph."""
@@ -330,8 +335,10 @@ class SteppedPipeline(ABC):
             original, noise = noising.given
             if request.strength == 1:
                 latents = self._pure_noise(latents, self._layout(noise), cached_scheduler.scheduler)
-            _draw_again(generators, image, noise)
-            blend = Blend.of(request.mask.image, original, noise, cached_scheduler.levels, self._layout)
+            if self.encodes_masked_source:
+                _draw_again(generators, image, noise)
+            redrawn = mask_latents(request.mask.image, original, self.mask_mode)
+            blend = Blend.of(redrawn, original, noise, cached_scheduler.levels, self._layout)
         conditioning = self._conditioning(request, positive, negative) | self._more_conditioning(pipe, request, latents)
         conditioning |= self._mask_conditioning(request, image, latents, generators)
         # Converted once here instead of in each step.

@@ -6,6 +6,7 @@ tokens, and their references too. Rotary tables say where each token lies.
 
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,9 @@ from PIL import Image
 
 from img2img_server.engine.request import Plan, Request
 from img2img_server.runtime.common.device_copy import send
-from img2img_server.runtime.common.pipe import view_of
+from img2img_server.runtime.common.diffusers_import import diffusers
+from img2img_server.runtime.common.pipe import view_as, view_of
+from img2img_server.runtime.common.request_fields import masked_fields
 from img2img_server.runtime.common.rotary import Size
 from img2img_server.runtime.common.sources import check_sources
 from img2img_server.runtime.diffusion.conditioning import Embedding
@@ -33,6 +36,14 @@ class TokenPipeline(SteppedPipeline):
     denoiser_name = "transformer"
     pooled_name = "pooled_projections"
     edits = False
+    inpainting = ""
+    """The name of diffusers' inpainting class, for one that edits and takes masks."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        if self.inpainting:
+            self._inpainting: type = getattr(diffusers, self.inpainting)
+            self.fields = {**self.fields, **masked_fields(self._inpainting, self.fields)}
 
     def plan(self, request: Request) -> Plan:
         """As of every family. Raises InvalidField for an image that the model does not take."""
@@ -62,9 +73,16 @@ class TokenPipeline(SteppedPipeline):
 
     def _sizes(self, request: Request) -> list[Size]:
         """Height and width in tokens of the request's image and its references."""
-        seen = (request.image, *request.references) if self.edits else ()
-        sizes = [request.result_size, *map(self._reference_size, seen)]
+        sizes = [request.result_size]
+        if self.edits and self._sees_source(request):
+            # With a mask the model sees the source as large as the result, which starts from it.
+            sizes.append(request.result_size if request.mask is not None else self._reference_size(request.image))
+        sizes += map(self._reference_size, request.references)
         return [(height // self.size_multiple, width // self.size_multiple) for width, height in sizes]
+
+    def _sees_source(self, request: Request) -> bool:
+        """Whether the source is one of the references of a model that edits."""
+        return True
 
     def _reference_size(self, image: Image.Image) -> tuple[int, int]:
         """Width and height in pixels at which the model looks at an image."""
@@ -85,8 +103,13 @@ class TokenPipeline(SteppedPipeline):
         rows = len(latents) * (2 if self._is_guided(request) else 1)
         more: Conditioning = {}
         if self.edits:
-            seen = [pipe, *(view_of(pipe, vae=Encoded(self._pipe.vae, one)) for one in self._encoder.references(request))]
-            more[_REFERENCES] = torch.cat([self._reference(one) for one in seen], dim=1).expand(rows, -1, -1)
+            seen = [view_of(pipe, vae=Encoded(self._pipe.vae, one)) for one in self._encoder.references(request)]
+            parts = [self._reference(one) for one in seen]
+            if self._sees_source(request):
+                parts.insert(0, self._reference(pipe) if request.mask is None else self._started_from(pipe))
+            images = max(map(len, parts))
+            references = torch.cat([part.expand(images, -1, -1) for part in parts], dim=1)
+            more[_REFERENCES] = references.expand(rows, -1, -1) if images == 1 else references.repeat(rows // images, 1, 1)
         if self._denoiser.config.get("guidance_embeds"):
             more["guidance"] = torch.full((rows,), request.guidance_scale, device=latents.device)
         return more
@@ -95,15 +118,40 @@ class TokenPipeline(SteppedPipeline):
         """The tokens [1, M, C] of an image, which `pipe` has encoded already."""
         raise NotImplementedError
 
+    def _started_from(self, pipe: Any) -> torch.Tensor:
+        """The tokens [n, N, C] of the source of a request with a mask, as its n results have started from it."""
+        original, _ = pipe.scheduler.given
+        return self._layout(original)[..., 0].transpose(1, 2)
+
+    def _images(self, requests: Sequence[Request]) -> list[SimpleNamespace]:
+        if not self.edits:
+            return super()._images(requests)
+        masked = iter(self._encoder.sized_images([request for request in requests if request.mask], self._sized_pixels))
+        others = iter(self._encoder.images([request for request in requests if not request.mask]))
+        return [next(masked if request.mask else others) for request in requests]
+
+    def _sized_pixels(self, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+        """What the VAE encodes of the source of a request with a mask, at the size of the result."""
+        width, height = size
+        pixels: torch.Tensor = self._pipe.image_processor.preprocess(image, height, width)
+        return pixels
+
     def _first_latents(
         self, pipe: Any, request: Request, timesteps: torch.Tensor, dtype: torch.dtype, generators: list[torch.Generator]
     ) -> torch.Tensor:
         (width, height), count = request.result_size, len(generators)
         channels = self._denoiser.config.in_channels // self._patch
         place = (count, channels, height, width, dtype, pipe._execution_device, generators)
+        image = torch.empty(count, 3, 1, 1)  # stands for the image
         if not self.edits:
-            return self._packed(pipe.prepare_latents(torch.empty(count, 3, 1, 1), timesteps, *place))  # stands for the image
+            return self._packed(pipe.prepare_latents(image, timesteps, *place))
+        if request.mask is not None:
+            return self._packed(self._as_inpainting(pipe).prepare_latents(image, timesteps, *place)[0])
         return self._packed(pipe.prepare_latents(*self._no_image, *place)[0])
+
+    def _as_inpainting(self, pipe: Any) -> Any:
+        """`pipe` as an object of diffusers' inpainting class."""
+        return view_as(pipe, self._inpainting)
 
     def _pure_noise(self, latents: torch.Tensor, noise: torch.Tensor, scheduler: Any) -> torch.Tensor:
         return latents  # the inpainting pipelines of these classes have no case of their own for strength 1

@@ -80,16 +80,17 @@ class ZImageSchedulers(FluxSchedulers):
 
 
 class EditSchedulers(FluxSchedulers):
-    """Those of models that edit: they have no strength, and run all steps."""
+    """Those of models that edit: without a mask they have no strength, and run all steps."""
 
     def _first_steps(self, request: Request) -> int:
-        return request.num_inference_steps
+        return request.num_inference_steps if request.mask is None else super()._first_steps(request)
 
     def _set(self, view: Any, request: Request, device: torch.device) -> torch.Tensor:
         timesteps: torch.Tensor
         timesteps, _ = _retrieve_timesteps(view.scheduler, request.num_inference_steps, device, **self._arguments(request))
-        view.scheduler.set_begin_index(0)
-        return timesteps
+        first = (request.num_inference_steps - self._first_steps(request)) * view.scheduler.order
+        view.scheduler.set_begin_index(first)
+        return timesteps[first:]
 
 
 class Flux2Schedulers(EditSchedulers):
