@@ -165,7 +165,7 @@ def test_a_control_graph_that_differs_is_left_out_with_the_reason(
         return adding(unet, [*residuals[:-1], 0 * residuals[-1]] if is_traced else residuals)
 
     monkeypatch.setattr(control_graph, "_adding", forgetful)
-    with cut_short():
+    with cut_short(further=True):
         made = export_model(ExportOptions(str(tiny_model("sd1")), tmp_path / "bundle", lora_graphs=False))
     unet = next(part for part in made.manifest.components if part.name == "unet")
     assert (unet.control, unet.control_lora) == ("", "")
