@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
@@ -42,7 +43,8 @@ WITHOUT_FURTHER_GRAPHS = (
     *("chroma", "flux", "flux-fill", "flux2", "if", "kolors", "pix2pix", "sd-inpaint", "sd-masked", "sd-tiny-vae", "sd3-no-t5"),
     *("sdxl-inpaint", "sdxl-overflow", "sd1:bf16", "sd1:fp16:speedups", "sd1:bf16:speedups", "sd1:int8", "sd1:int8:speedups"),
 )
-"""Bundles without graphs for LoRAs and ControlNets, which take half of an export: no test asks for them."""
+"""Bundles without graphs for LoRAs and ControlNets, which take half of an export: no test asks for them. In an environment whose
+tests ask for none, $TESTS_FURTHER_GRAPHS has the names of those that have them (scripts/test_versions)."""
 OF_TWO_SIZES = ("chroma", "kandinsky3", "longcat-edit")
 """Bundles for which these two images differ in size: the exporter does not know the classes of their denoisers, and makes those
 axes of a graph variable that differ between images."""
@@ -132,7 +134,7 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
         from img2img_export.options import ExportOptions
         from img2img_server.bundle.manifest import Precision, WeightFormat, check_bundle, read_manifest
         from img2img_server.errors import BundleError
-        from short_exports import brief, cut_short, short_speedups
+        from short_exports import brief, cut_short, short_speedups, without_further_graphs
 
         model, precision, more = (*name.split(":"), "", "")[:3]
         speedups = more.startswith("speedups")
@@ -146,7 +148,9 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
             return True
 
         def export(output: Path) -> None:
-            preview, further = name in WITH_PREVIEWS, name not in WITHOUT_FURTHER_GRAPHS
+            preview = name in WITH_PREVIEWS
+            further = name not in WITHOUT_FURTHER_GRAPHS and name in os.environ.get("TESTS_FURTHER_GRAPHS", name).split()
+            short = brief(preview) if name in COMPARED else cut_short(2, preview, name in OF_TWO_SIZES, further=True)
             options = ExportOptions(
                 source=str(source),
                 output=output,
@@ -155,7 +159,7 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
                 speedups=speedups,
                 weight_format=cast(WeightFormat, "" if speedups else more),
             )
-            with brief(preview) if name in COMPARED else cut_short(2, preview, name in OF_TWO_SIZES, further), short_speedups():
+            with short, short_speedups(), nullcontext() if further else without_further_graphs():
                 export_model(options)
 
         return kept(shared, f"bundles/{name.replace(':', '-')}", good, export)
