@@ -1,8 +1,9 @@
 """`img2img serve` with a simulated device, to test and measure engines on Ray and in the process.
 
-Its arguments are JSON objects: settings of ServerConfig, RaySettings and the device.
+Its arguments are JSON objects: settings of ServerConfig, RaySettings and the device; and --port-file, as in `img2img serve`.
 """
 
+import argparse
 import asyncio
 import functools
 import json
@@ -32,5 +33,12 @@ def server(settings: dict[str, Any], ray: dict[str, Any], device: dict[str, Any]
 
 
 if __name__ == "__main__":
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("parts", type=json.loads, nargs=3, metavar="JSON")
+    flags.add_argument("--port-file", metavar="FILE")
+    given = flags.parse_args()
+    settings, *others = given.parts
+    if given.port_file:
+        settings["port_file"] = given.port_file
     logs.configure("text")
-    sys.exit(asyncio.run(live(server(*map(json.loads, sys.argv[1:])))))
+    sys.exit(asyncio.run(live(server(settings, *others))))

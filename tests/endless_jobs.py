@@ -9,8 +9,15 @@ from typing import Any
 import pytest
 
 
+class _Small:
+    """A job that asks for no more memory and time than a small image has."""
+
+    def advance(self, size: int) -> tuple[int, float]:
+        return 0, 0.0
+
+
 @dataclass(frozen=True)
-class Endless:
+class Endless(_Small):
     """Runs in C for ever, without a look at signals, as a decoder in the middle of a bomb does. Takes any setting of a job."""
 
     field: str = "image.data"
@@ -25,7 +32,7 @@ class Endless:
 
 
 @dataclass(frozen=True)
-class Crash:
+class Crash(_Small):
     """Ends its process as a fault in a C library does."""
 
     field: str = "image.data"
@@ -36,7 +43,7 @@ class Crash:
 
 
 @dataclass(frozen=True)
-class Hoard:
+class Hoard(_Small):
     """Takes more memory than it asked for."""
 
     field: str = "image.data"

@@ -40,6 +40,9 @@ class FakeProcess(CodecProcess):
             if refused is not None:
                 raise refused
 
+        if (refused := allow(job.advance(len(content))[0])) is not None:
+            raise refused
+
         def run() -> tuple[object, bytes]:
             self._before(job)
             return job.run(content, reserve)

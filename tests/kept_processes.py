@@ -26,6 +26,7 @@ class _Running:
                 [*pool.COMMAND, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                env=pool.environment(),
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )

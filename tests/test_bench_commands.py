@@ -1,4 +1,4 @@
-"""Commands of `scripts/bench` that need no cluster, real-size model or GPU print their table on a small workload."""
+"""Commands of `scripts/bench` that need no real-size model or GPU print their table on a small workload."""
 
 import argparse
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from types import ModuleType
 import bench_export
 import bench_growth
 import bench_http
+import bench_ray
 import bench_request
 import bench_rounding
 import bench_schedulers
@@ -53,6 +54,21 @@ def test_bench_command_prints_its_table(
         words = [*words, "--bundle", str(bundle("sd1:fp32:speedups" if module is bench_speedups else "sd1"))]
     assert module.run(parser.parse_args(words)) == 0
     assert printed in capfd.readouterr().out
+
+
+def test_bench_ray_prints_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every server has its own engine: a cluster takes long to start (server/test_ray_cluster.py has one)."""
+    server = bench_ray._server
+    monkeypatch.setattr(bench_ray, "_server", lambda settings, ray, device: server({**settings, "engine": "local"}, {}, device))
+    monkeypatch.setattr(bench_ray, "_calls", lambda address, data, count: [1.0] * (bench_ray._WARM + count))
+    monkeypatch.setattr(bench_ray, "RESULT", tmp_path / ".bench" / "ray.json")
+    parser = argparse.ArgumentParser()
+    bench_ray.configure(parser)
+    words = ["--requests", "2", "--replicas", "1", "--clients", "2", "--seconds", "0.1"]
+    assert bench_ray.run(parser.parse_args(words)) == 0
+    printed = capfd.readouterr().out
+    assert "added by Ray, round by round, ms, median" in printed
+    assert "1 on Ray, requests/s" in printed
 
 
 def test_bench_load_prints_its_table(

@@ -62,6 +62,12 @@ class ServerProcess:
         self._port_file = folder / f"{name}.port"
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int:
+        """The process id, after spawn()."""
+        assert self._process is not None, "spawn() comes first"
+        return self._process.pid
+
     def spawn(self) -> None:
         """Starts the process and returns at once."""
         self._port_file.unlink(missing_ok=True)

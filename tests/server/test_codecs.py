@@ -5,6 +5,7 @@ import io
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,7 +20,7 @@ from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_server import images
 from img2img_server.api import parsing
 from img2img_server.codecs import pool
-from img2img_server.codecs.jobs import Inspect, LoadImage, digest_of
+from img2img_server.codecs.jobs import Ask, Inspect, JobDone, LoadImage, digest_of
 from img2img_server.codecs.pool import COMMAND, CodecProcess, Codecs, ImageMemory
 from img2img_server.config import CodecSettings
 from img2img_server.errors import ImageMemoryFull, InvalidField, ShuttingDown
@@ -79,6 +80,42 @@ async def test_subprocess_decodes_like_the_functions(codecs: Codecs, file_format
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
 async def test_subprocess_encodes_like_the_functions(codecs: Codecs, file_format: images.WriteFormat) -> None:
     assert await codecs.encode(NOISE, file_format, 80) == images.encode(NOISE, file_format, 80)
+
+
+async def test_only_the_pixels_of_a_decoded_image_are_asked_for(codecs: Codecs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question takes two switches between processes."""
+    received: list[type] = []
+    receive = CodecProcess._receive
+
+    async def counted(process: CodecProcess) -> Any:
+        message, file = await receive(process)
+        received.append(type(message))
+        return message, file
+
+    monkeypatch.setattr(CodecProcess, "_receive", counted)
+    await codecs.load(saved(NOISE, "PNG"), LOAD)
+    assert received == [Ask, JobDone]
+    received.clear()
+    await codecs.encode(NOISE, "PNG", 90)
+    assert received == [JobDone]
+
+
+async def test_memory_of_an_image_stays_for_the_next(codecs: Codecs) -> None:
+    """Else the kernel clears hundreds of pages for each image: 786 kB of pixels alone have 192."""
+    image = Image.effect_noise((512, 512), 90).convert("RGB")
+    data = saved(image, "PNG", compress_level=1)
+    faults: list[int] = []
+    for _ in range(6):
+        await codecs.load(data, LOAD)
+        await codecs.encode(image, "PNG", 90)
+        processes = [process for process in psutil.Process().children() if "img2img_server.codecs.worker" in process.cmdline()]
+        faults.append(sum(minor_faults(process.pid) for process in processes))
+    assert faults[-1] - faults[-4] < 192
+
+
+def minor_faults(process: int) -> int:
+    """Page faults of a process until now that needed no disk."""
+    return int(Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[7])
 
 
 @pytest.mark.parametrize(

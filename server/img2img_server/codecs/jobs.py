@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO
 
-from PIL import Image
-
 from img2img_server import images
 from img2img_server.codecs import structure
 from img2img_server.errors import InvalidField, StorageFailed, root_of
@@ -21,7 +19,7 @@ from img2img_server.images import ImageLimits, MaskRule, SizeRule, WriteFormat
 from img2img_server.support.source_rule import EDITED, STRETCHED, SourceRule
 
 Reserve = Callable[[int, float], None]
-"""Requests memory in bytes and processor time in seconds, in addition to those of a small image. Raises ImageMemoryFull."""
+"""Requests memory in bytes and processor time in seconds, in addition to those of `advance`. Raises ImageMemoryFull."""
 
 _BYTES_PER_PIXEL, _JPEG_BYTES_PER_PIXEL = 28, 16
 """Maximum memory of decoding: the decoder's own, its output, conversions to RGB and the upright image, mostly four bytes each.
@@ -54,13 +52,23 @@ class LoadedReference:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadImage:
+class _Decoding:
+    """A job on an image file, within `limits`. Errors name `field`."""
+
+    field: str
+    limits: ImageLimits
+
+    def advance(self, size: int) -> tuple[int, float]:
+        """Memory in bytes and processor time in seconds to read the header of a file of `size` bytes; larger ones are refused."""
+        return (_COPIES * size, _SECONDS_PER_BYTE * size) if size <= self.limits.max_bytes else (0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadImage(_Decoding):
     """Decodes an image file and prepares it by `source_rule` for the result's size, rounded down to `multiple` pixels. Errors
     name `field`. The result must fit into a file of `file_format`. `sized_by` is the size of another image that the model derives
     the result's size from, None if that is this image."""
 
-    field: str
-    limits: ImageLimits
     size_rule: SizeRule
     multiple: int
     file_format: WriteFormat
@@ -80,12 +88,10 @@ class LoadImage:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadReference:
+class LoadReference(_Decoding):
     """Decodes an image file that a model edits by, at its own size within the limits. Errors name `field`, or reference_images if
     it has more than `pixels_left`, of those that all have together."""
 
-    field: str
-    limits: ImageLimits
     pixels_left: int
 
     def run(self, data: bytes, reserve: Reserve) -> tuple[LoadedReference, bytes]:
@@ -102,11 +108,9 @@ class LoadReference:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadMask:
+class LoadMask(_Decoding):
     """Decodes an image file to a gray mask of `size`, by `rule`. Errors name `field`."""
 
-    field: str
-    limits: ImageLimits
     size: tuple[int, int]
     rule: MaskRule
 
@@ -129,11 +133,8 @@ class Inspected:
 
 
 @dataclass(frozen=True, slots=True)
-class Inspect:
+class Inspect(_Decoding):
     """Inspects an image file without decoding it. Errors name `field`."""
-
-    field: str
-    limits: ImageLimits
 
     def run(self, data: bytes, reserve: Reserve) -> tuple[Inspected, bytes]:
         """Returns the file's type and hash, and no bytes. Raises InvalidField or ImageMemoryFull."""
@@ -150,12 +151,14 @@ class Encode:
     quality: int
     record: str = ""
 
+    def advance(self, size: int) -> tuple[int, float]:
+        """Memory in bytes and processor time in seconds of the whole job."""
+        pixels = self.size[0] * self.size[1]
+        return _BYTES_PER_PIXEL * pixels, 10 + 4e-6 * pixels
+
     def run(self, data: bytes, reserve: Reserve) -> tuple[None, bytes]:
         """Returns the file's bytes."""
-        pixels = self.size[0] * self.size[1]
-        reserve(_BYTES_PER_PIXEL * pixels, 10 + 4e-6 * pixels)
-        image = Image.frombuffer("RGB", self.size, data, "raw", "RGB", 0, 1)
-        return None, images.encode(image, self.file_format, self.quality, self.record)
+        return None, images.encode_pixels(data, self.size, self.file_format, self.quality, self.record)
 
 
 Job = LoadImage | LoadReference | LoadMask | Inspect | Encode
@@ -181,7 +184,8 @@ def _check_structure(data: bytes, limits: ImageLimits, field: str, reserve: Rese
     pixels = structure.webp_pixels(data)
     if pixels > limits.max_source_pixels:
         raise InvalidField(field, f"the image has {pixels} pixels, the maximum is {limits.max_source_pixels}")
-    reserve(_COPIES * len(data) + _WEBP_CANVAS * pixels, _SECONDS_PER_BYTE * len(data))
+    if pixels:
+        reserve(_WEBP_CANVAS * pixels, 0.0)
 
 
 MOST = 64 * 2**10
@@ -191,6 +195,16 @@ MOST = 64 * 2**10
 @dataclass(frozen=True, slots=True)
 class Ready:
     """The process accepts jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """A job, which may use `size` bytes of memory and `seconds` of processor time, in addition to those of a small image. Its
+    file is sent with the message."""
+
+    job: Job
+    size: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

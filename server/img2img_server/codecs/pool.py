@@ -24,6 +24,7 @@ from PIL import Image
 from img2img_server.codecs.jobs import (
     MOST,
     Ask,
+    Begin,
     Encode,
     Inspect,
     Inspected,
@@ -90,6 +91,14 @@ class ImageMemory:
 
 
 COMMAND = (sys.executable, "-P", "-m", "img2img_server.codecs.worker")
+_KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**24), "MALLOC_MMAP_THRESHOLD_": str(2**23)}
+"""Settings of glibc: freed memory, up to 16 MiB in blocks below 8 MiB, stays with the process for its next image. Otherwise each
+image of 512 x 512 pixels has 500 to 850 page faults, which take 2 ms."""
+
+
+def environment() -> dict[str, str]:
+    """The environment variables of a codec process."""
+    return {**_KEPT_MEMORY, **os.environ}
 
 
 class ProcessDied(Exception):
@@ -126,6 +135,7 @@ class CodecProcess:
                 str(os.getpid()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                env=environment(),
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
@@ -139,7 +149,11 @@ class CodecProcess:
         `allow` decides on requests for more memory, in bytes: it returns the error that refuses one, None to grant it. Raises the
         job's errors, or ProcessDied.
         """
-        await self._send(job, data)
+        # What the job needs in any case is granted with it: each question costs two switches between processes.
+        size, seconds = job.advance(os.fstat(data).st_size)
+        if (refused := allow(size)) is not None:
+            raise refused
+        await self._send(Begin(job, size, seconds), data)
         while True:
             message, file = await self._receive()
             if isinstance(message, Ask):
@@ -204,11 +218,12 @@ async def _readable(connection: socket.socket) -> None:
         if not ready.done():
             ready.set_result(None)
 
-    loop.add_reader(connection, wake)
+    file = connection.fileno()  # asyncio writes the representation of a socket each time, which takes longer than all else here
+    loop.add_reader(file, wake)
     try:
         await ready
     finally:
-        loop.remove_reader(connection)
+        loop.remove_reader(file)
 
 
 _log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import sys
 import warnings
 from typing import Any
 
-from img2img_server.codecs.jobs import MOST, Ask, Job, JobDone, JobFailed, Ready, file_of, send
+from img2img_server.codecs.jobs import MOST, Ask, Begin, JobDone, JobFailed, Ready, file_of, send
 from img2img_server.errors import ImageMemoryFull, InvalidField, ServerError
 from img2img_server.support.child_process import end_with
 
@@ -38,8 +38,9 @@ def main(descriptor: int, parent: int) -> None:
     warnings.simplefilter("ignore")
     connection = socket.socket(fileno=descriptor)
     send(connection, Ready())
-    # Loading it takes more memory than a job for a small image may use. The parent does not wait for it.
-    importlib.import_module("numpy")
+    # Loading them takes more memory than a job for a small image may use. The parent does not wait for it.
+    for name in ("numpy", "isal.isal_zlib"):
+        importlib.import_module(name)
     # From here on C libraries may write text that clients control.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     while True:
@@ -49,10 +50,10 @@ def main(descriptor: int, parent: int) -> None:
         _answer(connection, pickle.loads(message), files)  # noqa: S301 - from the parent
 
 
-def _answer(connection: socket.socket, job: Job, files: list[int]) -> None:
+def _answer(connection: socket.socket, begin: Begin, files: list[int]) -> None:
     with os.fdopen(files[0], "rb") as file:
         data = file.read()
-    allowance = _Allowance(connection)
+    allowance, job = _Allowance(connection, begin.size, begin.seconds), begin.job
     try:
         value, content = job.run(data, allowance.reserve)
         allowance.end()
@@ -80,10 +81,10 @@ def _no_memory(job: Any) -> Exception:
 class _Allowance:
     """The memory and processor time that one job may use."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, size: int, seconds: float) -> None:
         self._connection = connection
         self._held = _held_bytes()
-        self._bytes, self._seconds = _BYTES, _SECONDS
+        self._bytes, self._seconds = _BYTES + size, _SECONDS + seconds
         self._apply()
 
     def reserve(self, size: int, seconds: float) -> None:

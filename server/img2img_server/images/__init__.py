@@ -9,7 +9,7 @@ from img2img_server.images.decoding import (
     header_size,
     media_type,
 )
-from img2img_server.images.encoding import WriteFormat, check_side, encode, holds
+from img2img_server.images.encoding import WriteFormat, check_side, encode, encode_pixels, holds
 from img2img_server.images.masks import MAX_BLUR, MaskRule, paste
 from img2img_server.images.sizes import ImageLimits, SizeRule, least_size, prepare, result_size, target_size
 
@@ -26,6 +26,7 @@ __all__ = [
     "decode_data_uri",
     "decode_mask",
     "encode",
+    "encode_pixels",
     "header_size",
     "holds",
     "least_size",
