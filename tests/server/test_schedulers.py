@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -13,6 +14,7 @@ import pytest
 import torch
 from covering import covering
 from diffusers import StableDiffusionImg2ImgPipeline
+from img2img_server.runtime.schedulers.building import build, read
 from img2img_server.runtime.schedulers.registry import FLOW_NAMES, NAMES, find, make, supported
 
 # Of few timesteps, because diffusers' KDPM2 walks through all of them, slowly, where it is made.
@@ -140,6 +142,21 @@ def test_scheduler_config_is_corrected_as_by_the_diffusers_pipeline(name: str, k
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(7)
     torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@covering(name=NAMES, kind=["bare", "sde", "unknown words"])
+def test_scheduler_is_built_as_by_diffusers(name: str, kind: str, tmp_path: Path) -> None:
+    """diffusers would import all compatible classes for it."""
+    config, (class_name, overrides) = OWN[kind].config, NAMES[name]
+    scheduler_class = getattr(diffusers, class_name)
+    ours, theirs = build(scheduler_class, config, **overrides), scheduler_class.from_config(config, **overrides)
+    assert type(ours) is type(theirs)
+    assert dict(ours.config) == dict(theirs.config)
+    ours.save_pretrained(tmp_path)
+    loaded, expected = read(scheduler_class, tmp_path), scheduler_class.from_pretrained(tmp_path)
+    assert dict(loaded.config) == dict(expected.config)
+    torch.testing.assert_close(loaded.betas, expected.betas, rtol=0.0, atol=0.0)
 
 
 def test_default_scheduler_is_a_copy_of_the_models_own() -> None:

@@ -22,20 +22,24 @@ SERVE = f"{SHOW}from img2img_cli.__main__ import main; sys.exit(main())"
 NEEDED = """\
 import grpc, numpy, onnxruntime, PIL.Image, tokenizers, torch
 from diffusers import DDIMScheduler
-DDIMScheduler.from_config({})  # imports the classes that it is compatible with, and these scipy, if it is installed
 """
 """What an ONNX bundle of Stable Diffusion needs: tensors, a tokenizer and diffusers' schedulers."""
 
 UNUSED = (
-    *("onnx", "onnxscript", "optimum", "torchvision", "skimage", "pandas", "matplotlib", "IPython"),
+    *("onnx", "onnxscript", "optimum", "torchvision", "skimage", "scipy", "pandas", "matplotlib", "IPython"),
     *("torch._dynamo", "torch._inductor", "sympy", "transformers", "accelerate", "peft"),
-    *("diffusers.models", "diffusers.loaders", "diffusers.pipelines.pipeline_utils"),
+    *(
+        "diffusers.schedulers.scheduling_euler_discrete",
+        "diffusers.models",
+        "diffusers.loaders",
+        "diffusers.pipelines.pipeline_utils",
+    ),
     *("ray", "fastapi", "nicegui", "tritonclient", "opentelemetry", "prometheus_client", "aiohttp", "rich", "hypothesis"),
     *("img2img_export", "img2img_client", "img2img_playground"),
     *("starlette", "uvicorn", "httptools", "python_multipart", "img2img_server.api.http"),
     *("img2img_server.backends.ray", "img2img_server.api.kserve", "img2img_server.tools.top", "img2img_server.telemetry.metrics"),
 )
-"""What only exports, clients, tests, options that are off, models in PyTorch and other backends need."""
+"""What only exports, clients, tests, options that are off, models in PyTorch, other schedulers and other backends need."""
 
 
 def imported(output: str) -> set[str]:

@@ -23,6 +23,7 @@ from img2img_server.runtime.common.weight_budget import within
 from img2img_server.runtime.lora.graph import AdaptedGraph, Unadapted
 from img2img_server.runtime.onnx.modules import Graph, LaterGraph, OnnxDenoiser, OnnxTextEncoder, OnnxVae, read_config
 from img2img_server.runtime.onnx.runners import CONTROL_RUNNER, LIGHT_RUNNER, LORA_RUNNER, Make
+from img2img_server.runtime.schedulers import building
 
 _log = logging.getLogger(__name__)
 
@@ -245,6 +246,8 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
         # If unset, transformers asks at the terminal whether to run code from the bundle or a repository that it names.
         settings["trust_remote_code"] = False
     try:
+        if inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin):
+            return building.read(kind, folder)
         with within(folder.glob("*.safetensors")):
             loaded = kind.from_pretrained(folder, **settings)
     except LOAD_ERRORS as error:

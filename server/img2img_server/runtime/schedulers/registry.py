@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from img2img_server.runtime.schedulers.building import build
+
 _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 _KARRAS = {**_SIGMAS, "use_karras_sigmas": True}
 _MULTISTEP = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
@@ -123,7 +125,7 @@ def make(name: str | None, own_scheduler: Any) -> Any:
     class_name, overrides = (FLOW_NAMES if is_flow(own_scheduler) else NAMES)[name]
     scheduler_class = getattr(importlib.import_module("diffusers"), class_name)
     accepted = inspect.signature(scheduler_class.__init__).parameters
-    # from_config warns of unknown settings. With the list of default values each class uses its own defaults.
+    # With the list of default values each class uses its own defaults.
     known = {key: value for key, value in own_scheduler.config.items() if key in accepted or key == "_use_default_values"}
     corrections = {key: value for key, value in _CORRECTIONS.items() if key in accepted}
-    return scheduler_class.from_config(known, **{**overrides, **corrections})
+    return build(scheduler_class, known, **{**overrides, **corrections})
