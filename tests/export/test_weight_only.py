@@ -24,7 +24,7 @@ from img2img_server.bundle.manifest import AccuracyLimits, WeightFormat, limits_
 from img2img_server.runtime.loader import load_pipeline
 from onnx import TensorProto, helper
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
-from short_exports import cut_short
+from short_exports import cut_short, short_speedups
 
 Get = Callable[[str], Path]
 FORMATS: list[WeightFormat] = ["int8", "int4"]
@@ -144,6 +144,22 @@ def test_bundle_has_quantized_transformer_in_all_its_graphs_and_is_verified(name
     assert manifest.verification.limits["psnr_db"] == limits.psnr_db
     assert all(image.psnr_db >= limits.psnr_db for image in manifest.verification.pictures)
     assert {graph.graph for graph in manifest.verification.components} >= {"plain", "fused", "lora"}
+
+
+@pytest.mark.nightly  # test_bundle_has_quantized_transformer_in_all_its_graphs_and_is_verified always runs
+def test_light_graph_has_quantized_weights(tiny_model: Get, tmp_path: Path) -> None:
+    options = ExportOptions(
+        str(tiny_model("klein")), tmp_path / "out", precision="fp16", weight_format="int4", lora_graphs=False, speedups=True
+    )
+    with cut_short(1), short_speedups():
+        manifest = export_model(options).manifest
+    part = next(part for part in manifest.components if part.name == "transformer")
+    assert part.weight_format == "int4"
+    graph = onnx.load(str(tmp_path / "out" / part.light), load_external_data=False).graph
+    quantized = {node.output[0] for node in graph.node if node.op_type == OPERATOR}
+    assert quantized
+    assert quantized <= {value.name for value in graph.value_info}, "else the comparison does not round them"
+    assert manifest.speedups.table
 
 
 def test_images_that_differ_too_much_are_tried_with_more_bits(

@@ -81,6 +81,7 @@ def subgraph(model: ModelProto, inputs: list[str], outputs: list[str]) -> ModelP
     """The subgraph between `inputs` and `outputs`, with the initializers and model inputs that it reads."""
     nodes = _between(model.graph, set(inputs), outputs)
     read = {name for node in nodes for name in node.input}
+    made = {name for node in nodes for name in node.output}
     graph = helper.make_graph(
         nodes,
         model.graph.name,
@@ -88,6 +89,8 @@ def subgraph(model: ModelProto, inputs: list[str], outputs: list[str]) -> ModelP
         [item for item in model.graph.output if item.name in outputs]
         or [helper.make_empty_tensor_value_info(name) for name in outputs],
         [item for item in model.graph.initializer if item.name in read],
+        # The types of contrib operators' results, which onnx cannot infer.
+        value_info=[item for item in model.graph.value_info if item.name in made],
     )
     part = helper.make_model(graph, opset_imports=model.opset_import, functions=model.functions)
     part.ir_version = model.ir_version
