@@ -15,8 +15,8 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Request
-from img2img_server.runtime.diffusion import preview
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
+from img2img_server.runtime.schedulers.noise_levels import predict_original
 from PIL import Image
 from tiny_parts import BETAS
 
@@ -130,7 +130,7 @@ def test_preview_shows_the_schedulers_prediction(drawing: list[tuple[str, Any]])
             output = torch.randn(1, 4, 8, 8, generator=random)
             scale = float(copy.copy(stepped).scale_model_input(torch.ones(1), timestep))
             stepped.scale_model_input(sample, timestep)
-            found = preview.predict_original(begun, index, timestep, sample, output, scale)
+            found = predict_original(begun, index, timestep, sample, output, scale)
             wanted = own_prediction(stepped, output, timestep, sample)
             if wanted is not None and found is not None:
                 compared[name] = compared.get(name, 0) + 1

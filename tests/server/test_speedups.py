@@ -96,10 +96,11 @@ class Model:
         called = range(len(times)) if speedup is None else _called(len(times), speedup)
         light = iter([False] * len(times) if speedup is None else speedup.light_steps(len(called)))
         features = difference = torch.empty(0)
-        outputs: list[tuple[float, torch.Tensor]] = []
+        original = torch.empty(0)
         for step, time in enumerate(times):
             if step not in called:
-                output = _extrapolated(outputs, float(time))
+                signal, noise = _levels(pipe.scheduler, time)
+                output = (latents - signal * original) / noise
                 latents = pipe.scheduler.step(output, time, latents, return_dict=False)[0]
                 continue
             is_light = next(light)
@@ -118,7 +119,8 @@ class Model:
                 output = negative + request.guidance_scale * difference
             elif guided:
                 output = output + (request.guidance_scale - 1) * difference
-            outputs.append((float(time), output))
+            signal, noise = _levels(pipe.scheduler, time)
+            original = (latents - noise * output) / signal
             latents = pipe.scheduler.step(output, time, latents, return_dict=False)[0]
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
         return np.asarray(pipe.image_processor.postprocess(decoded)[0], int)
@@ -136,13 +138,10 @@ def _called(count: int, speedup: Speedup) -> list[int]:
     return steps
 
 
-def _extrapolated(outputs: list[tuple[float, torch.Tensor]], time: float) -> torch.Tensor:
-    """The output at `time`, on the line through the last two."""
-    (last, output) = outputs[-1]
-    if len(outputs) < 2:
-        return output
-    before, other = outputs[-2]
-    return torch.lerp(other, output, (time - before) / (last - before))
+def _levels(scheduler: Any, time: torch.Tensor) -> tuple[float, float]:
+    """The shares of image and noise in latents at a timestep."""
+    one, zero, times = torch.ones(1), torch.zeros(1), time.reshape(1)
+    return float(scheduler.add_noise(one, zero, times)), float(scheduler.add_noise(zero, one, times))
 
 
 def _conditions(pipe: Any, request: Request, guided: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -13,9 +13,9 @@ _ROUNDING = 1e-9
 class Speedup:
     """A way to call the model in fewer steps of a request, and to compute some of these, the light ones, in part.
 
-    With a `skip_period`, the model is called in the first `called_share` of a request's steps (rounded up), and after these every
-    `skip_period`-th step has no call: its output is extrapolated from the last two. Of the called steps, the first `full_share`
-    (rounded up) are full, and of the others every `period`-th, beginning with the first; the rest are light. With
+    With a `skip_period`, the model is called in the first `called_share` of a request's steps (rounded up). After these every
+    `skip_period`-th step has no call: the image that the model predicted last is kept. Of the called steps, the first
+    `full_share` (rounded up) are full, and of the others every `period`-th, beginning with the first; the rest are light. With
     `keeps_guidance`, a light step takes one row for an image instead of two: it predicts for the prompt only and is guided by the
     difference that the prompt made in the last full step. With `keeps_features`, a light step computes the outer layers of the
     denoiser only, on the features of the last full step.

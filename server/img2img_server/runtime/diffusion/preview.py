@@ -10,16 +10,12 @@ and their relation to color is mostly linear once statistics of the whole image 
 So a few multiplications draw an image at the size of the latents, much faster than the VAE.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image
 
 from img2img_server.runtime.common.device_copy import send
-from img2img_server.runtime.schedulers.noise_levels import level_at
-from img2img_server.runtime.schedulers.registry import is_flow
 
 
 def draw(latents: torch.Tensor, weights: Sequence[Sequence[float]]) -> list[Image.Image]:
@@ -40,33 +36,3 @@ def features(latents: torch.Tensor) -> torch.Tensor:
     deviation."""
     mean, deviation = latents.mean((2, 3), keepdim=True), latents.std((2, 3), keepdim=True, correction=0)
     return torch.cat([latents, *(part.expand_as(latents) for part in (mean, mean.square(), deviation))], dim=1)
-
-
-def predict_original(
-    scheduler: Any, index: int, timestep: torch.Tensor, sample: torch.Tensor, output: torch.Tensor, input_scale: float
-) -> torch.Tensor | None:
-    """The latents [n, C, h, w] without noise that the model's `output` predicts for `sample`, both [n, C, h, w].
-
-    `index` is the step's position in the scheduler's timesteps, `timestep` its value, `input_scale` the factor by which the
-    scheduler scales latents for the model. The scheduler is not changed. None if its prediction type is unknown.
-    """
-    signal, noise = level_at(scheduler, index, timestep)
-    if hasattr(scheduler, "precondition_outputs"):  # EDM
-        original: torch.Tensor = scheduler.precondition_outputs(sample, output, torch.tensor(noise))
-        return original
-    if is_flow(scheduler):  # flow matching: what is predicted is noise - x0
-        return sample - noise * output
-    if signal == 1.0 and input_scale < 1.0:
-        # A variance-exploding process. KDPM2's middle steps have a noise level that only the scale shows.
-        noise = math.sqrt(input_scale**-2 - 1.0)
-    match scheduler.config.get("prediction_type"):
-        case "epsilon":
-            return (sample - noise * output) / signal if signal else None
-        case "sample":
-            return output
-        case "v_prediction":
-            squared = signal**2 + noise**2
-            return signal / squared * sample - noise / math.sqrt(squared) * output
-        case "flow_prediction":
-            return sample - noise * output
-    return None

@@ -24,7 +24,7 @@ class Chosen:
     reason: str = ""
 
     @property
-    def extrapolates(self) -> bool:
+    def skips(self) -> bool:
         """Whether the model is called in a part of the steps only."""
         return self.speedup is not None and self.speedup.skip_period > 0
 
@@ -100,7 +100,7 @@ class SpeedupChooser:
     def _able(self, scheduler: CachedScheduler) -> list[Speedup]:
         """Those that are possible with this denoiser and scheduler."""
         able = [one for one in self.speedups.table if self.has_features or not one.keeps_features]
-        return able if scheduler.can_extrapolate else [one for one in able if not one.skip_period]
+        return able if scheduler.can_skip else [one for one in able if not one.skip_period]
 
     def _of(self, speedup: Speedup, count: int, is_guided: bool) -> Chosen:
         called = speedup.called_steps(count)

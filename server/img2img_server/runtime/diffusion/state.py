@@ -14,9 +14,9 @@ from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.out_of_memory import KEEPERS
 from img2img_server.runtime.control.controls import Control
 from img2img_server.runtime.diffusion.masking import Blend
-from img2img_server.runtime.diffusion.preview import predict_original
 from img2img_server.runtime.lora.adapters import Choice
 from img2img_server.runtime.schedulers.linear import Trajectory, coefficients, scale_input
+from img2img_server.runtime.schedulers.noise_levels import predict_original
 
 Conditioning = dict[str, torch.Tensor]
 """The UNet's inputs other than sample and timestep, by name. Each is [rows of the UNet call, ...]."""

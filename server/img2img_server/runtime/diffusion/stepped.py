@@ -306,7 +306,7 @@ class SteppedPipeline(ABC):
         """The scheduler that runs the request's steps, and what its steps skip."""
         scheduler = self._scheduler_cache.get(request)
         chosen = self.speedups.choose(request, scheduler, self._is_guided(request))
-        return self._scheduler_cache.get_part(request, chosen.called) if chosen.extrapolates else scheduler, chosen
+        return self._scheduler_cache.get_part(request, chosen.called) if chosen.skips else scheduler, chosen
 
     def _encode_adapted(self, texts: list[str], choices: list[Choice | None]) -> list[Embedding]:
         encoders = [self._pipe.components.get(name) for name in TEXT_ENCODERS]

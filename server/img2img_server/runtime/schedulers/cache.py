@@ -18,9 +18,9 @@ from img2img_server.engine.request import Request, no_step
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.common.pipe import view_of
 from img2img_server.runtime.schedulers import registry
-from img2img_server.runtime.schedulers.extrapolated import can_extrapolate, extrapolated
 from img2img_server.runtime.schedulers.linear import LinearSolver, compile_schedule
 from img2img_server.runtime.schedulers.noise_levels import NoiseLevels
+from img2img_server.runtime.schedulers.skipping import skipping
 
 _BYTES = 16 * 2**20
 """Maximum size of one pipeline's cached schedulers, in bytes."""
@@ -43,14 +43,20 @@ class CachedScheduler:
     indices: tuple[int, ...]
 
     @property
-    def can_extrapolate(self) -> bool:
-        """Whether `part` is possible."""
-        return self.schedule is not None and can_extrapolate(self.schedule)
+    def can_skip(self) -> bool:
+        """Whether `part` is possible: the steps are linear, draw no noise, and the predicted image is known in each."""
+        solver = self.schedule
+        return (
+            solver is not None
+            and not any(step.draws and step.noise for step in solver.steps)
+            and None not in self.levels.predicted
+        )
 
     def part(self, called: Sequence[int]) -> "CachedScheduler":
         """The scheduler of requests that call the model in the steps `called` only, the first among them."""
-        assert self.schedule is not None, "can_extrapolate holds"
-        solver = extrapolated(self.schedule, called)
+        predicted = [factors for factors in self.levels.predicted if factors is not None]
+        assert self.schedule is not None, "can_skip holds"
+        solver = skipping(self.schedule, called, predicted)
         indices = tuple(self.indices[index] for index in called)
         times = tuple(self.times[index] for index in called)
         return CachedScheduler(self.scheduler, solver.timesteps, times, solver, self.levels.part(called), indices)
@@ -95,7 +101,7 @@ class SchedulerCache:
         except ValueError as error:
             raise InvalidField("num_inference_steps", f"the scheduler does not support this number: {error}") from None
         schedule = compile_schedule(view.scheduler, timesteps)
-        levels = NoiseLevels(view.scheduler, timesteps)
+        levels = NoiseLevels(view.scheduler, timesteps, () if schedule is None else schedule.input_scales)
         if schedule is None:
             logging.getLogger(__name__).info("%s is not linear: each request steps its own copy", type(view.scheduler).__name__)
         count = len(view.scheduler.timesteps)

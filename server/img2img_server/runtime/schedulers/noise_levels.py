@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,22 +31,72 @@ def level_at(scheduler: Any, index: int, timestep: torch.Tensor) -> tuple[float,
     return noise_level(at_step, timestep.cpu().reshape(1))
 
 
-class NoiseLevels:
-    """The noise levels after each of `timesteps` [S], the last S of the scheduler's; with `called`, after those before each of
-    these steps and after the last. Computed on first use."""
+def predict_original(
+    scheduler: Any, index: int, timestep: torch.Tensor, sample: torch.Tensor, output: torch.Tensor, input_scale: float
+) -> torch.Tensor | None:
+    """The latents [n, C, h, w] without noise that the model's `output` predicts for `sample`, both [n, C, h, w].
 
-    def __init__(self, scheduler: Any, timesteps: torch.Tensor, called: Sequence[int] | None = None) -> None:
+    `index` is the step's position in the scheduler's timesteps, `timestep` its value, `input_scale` the factor by which the
+    scheduler scales latents for the model. The scheduler is not changed. None if its prediction type is unknown.
+    """
+    signal, noise = level_at(scheduler, index, timestep)
+    if hasattr(scheduler, "precondition_outputs"):  # EDM
+        original: torch.Tensor = scheduler.precondition_outputs(sample, output, torch.tensor(noise))
+        return original
+    if is_flow(scheduler):  # flow matching: what is predicted is noise - x0
+        return sample - noise * output
+    if signal == 1.0 and input_scale < 1.0:
+        # A variance-exploding process. KDPM2's middle steps have a noise level that only the scale shows.
+        noise = math.sqrt(input_scale**-2 - 1.0)
+    match scheduler.config.get("prediction_type"):
+        case "epsilon":
+            return (sample - noise * output) / signal if signal else None
+        case "sample":
+            return output
+        case "v_prediction":
+            squared = signal**2 + noise**2
+            return signal / squared * sample - noise / math.sqrt(squared) * output
+        case "flow_prediction":
+            return sample - noise * output
+    return None
+
+
+class NoiseLevels:
+    """The noise levels of `timesteps` [S], the last S of the scheduler's, which scales latents by `input_scales` for the model.
+    `called` are the steps in which the model is called, None for all. Computed on first use."""
+
+    def __init__(
+        self, scheduler: Any, timesteps: torch.Tensor, input_scales: Sequence[float], called: Sequence[int] | None = None
+    ) -> None:
         self._scheduler = scheduler
         self._timesteps = timesteps
+        self._scales = input_scales
         self._nexts = list(range(1, len(timesteps))) if called is None else list(called[1:])
 
     def part(self, called: Sequence[int]) -> "NoiseLevels":
         """Those of a solver that joins the steps from each of `called` up to the next."""
-        return NoiseLevels(self._scheduler, self._timesteps, called)
+        return NoiseLevels(self._scheduler, self._timesteps, self._scales, called)
 
     @functools.cached_property
     def after(self) -> tuple[tuple[float, float], ...]:
-        """For each step, the factors of x0 and of noise in the latents after it. There is no noise after the last."""
-        first = len(self._scheduler.timesteps) - len(self._timesteps)
-        times = self._timesteps.cpu()
+        """For each called step, the factors of x0 and of noise in the latents before the next call. There is no noise after the
+        last."""
+        times, first = self._timesteps.cpu(), self._first
         return (*(level_at(self._scheduler, first + step, times[step]) for step in self._nexts), (1.0, 0.0))
+
+    @functools.cached_property
+    def predicted(self) -> tuple[tuple[float, float] | None, ...]:
+        """For each step, the factors of the latents and of the model's output in the image that it predicts; None if that is not
+        known."""
+        one, zero = torch.ones(1), torch.zeros(1)
+        found: list[tuple[float, float] | None] = []
+        for step, (time, scale) in enumerate(zip(self._timesteps.cpu(), self._scales, strict=True)):
+            of = functools.partial(predict_original, self._scheduler, self._first + step, time)
+            share, factor = of(one, zero, scale), of(zero, one, scale)
+            found.append(None if share is None or factor is None or not factor.any() else (float(share), float(factor)))
+        return tuple(found)
+
+    @property
+    def _first(self) -> int:
+        """The position of the first timestep in the scheduler's."""
+        return len(self._scheduler.timesteps) - len(self._timesteps)
