@@ -116,10 +116,7 @@ class FluxKontext(TrulyGuidedPipeline):
         return wide, high
 
     def _pixels(self, image: Image.Image) -> torch.Tensor:
-        width, height = self._reference_size(image)
-        processor = self._pipe.image_processor
-        pixels: torch.Tensor = processor.preprocess(processor.resize(image, height, width), height, width)
-        return pixels
+        return self._sized_pixels(image, self._reference_size(image))
 
     def _sees_source(self, request: Request) -> bool:
         return not request.references

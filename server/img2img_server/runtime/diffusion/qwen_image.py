@@ -83,10 +83,7 @@ class QwenImageEdit(QwenImage):
         return self._fitted(1024 * 1024, image)
 
     def _pixels(self, image: Image.Image) -> torch.Tensor:
-        width, height = self._reference_size(image)
-        processor = self._pipe.image_processor
-        pixels: torch.Tensor = processor.preprocess(processor.resize(image, height, width), height, width)
-        return pixels[:, :, None]
+        return self._sized_pixels(image, self._reference_size(image))
 
     def _sized_pixels(self, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
         return super()._sized_pixels(image, size)[:, :, None]
@@ -112,8 +109,3 @@ class QwenImageEditPlus(QwenImageEdit):
     def _reference_size(self, image: Image.Image) -> tuple[int, int]:
         module: Any = inspect.getmodule(type(self._pipe).prepare_latents)
         return self._fitted(module.VAE_IMAGE_SIZE, image)
-
-    def _pixels(self, image: Image.Image) -> torch.Tensor:
-        width, height = self._reference_size(image)
-        pixels: torch.Tensor = self._pipe.image_processor.preprocess(image, height, width)
-        return pixels[:, :, None]

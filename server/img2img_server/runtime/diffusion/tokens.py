@@ -131,7 +131,7 @@ class TokenPipeline(SteppedPipeline):
         return [next(masked if request.mask else others) for request in requests]
 
     def _sized_pixels(self, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-        """What the VAE encodes of the source of a request with a mask, at the size of the result."""
+        """What the VAE encodes of an image at a size: of the source of a request with a mask, at that of the result."""
         width, height = size
         pixels: torch.Tensor = self._pipe.image_processor.preprocess(image, height, width)
         return pixels
