@@ -6,9 +6,19 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from covering import nightly_but
+from diffusers import QwenImageTransformer2DModel
+from img2img_export.convert import light_graph
+from img2img_export.convert.token_graphs import Layout, token_part
+from img2img_export.convert.tracing import trace
+from img2img_export.progress import Progress
 from img2img_export.verify import speedups as measuring
-from img2img_server.bundle.manifest import read_manifest
+from img2img_export.verify import token_cases
+from img2img_export.verify.light_cases import light_cases
+from img2img_export.verify.parity import compare, open_graph
+from img2img_export.verify.recorded_inputs import Calls
+from img2img_server.bundle.manifest import LIMITS, read_manifest
 from img2img_server.bundle.speedups import FEATURES, LIGHT_NAME, Speedup
 
 Get = Callable[[str], Path]
@@ -83,3 +93,30 @@ def test_of_many_settings_those_are_kept_that_differ_most() -> None:
 @pytest.mark.parametrize(("value", "digits", "expected"), [(33.456, 2, 33.45), (0.99999, 4, 0.9999), (999.0, 2, 999.0)])
 def test_bounds_are_rounded_down(value: float, digits: int, expected: float) -> None:
     assert measuring._rounded_down(value, digits) == expected
+
+
+@pytest.mark.parametrize("edits", [False, True])
+def test_the_light_graph_of_qwen_image_has_one_of_its_blocks(tmp_path: Path, edits: bool) -> None:
+    """On tokens of texts of different lengths, which are padded in a batch; the edit model's references have a timestep of 0."""
+    torch.manual_seed(1)
+    module = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=4, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(8, 4, 4), zero_cond_t=edits,
+    ).eval()  # fmt: skip
+    module.register_to_config(_class_name=type(module).__name__)  # as if it was loaded
+    part, kind = token_part("transformer", module)
+    rows = [kind.example(Layout(9, ((4, 4), (2, 3))), timestep, torch.Generator()) for timestep in (0.9, 0.2)]
+    example = token_cases.example(part, kind)
+    assert light_graph.has_light_graph(module)
+    assert 0.25 < light_graph.light_cost(module, part, example) < 0.4
+    whole = light_graph.with_features(part, module)
+    cases = token_cases.make_cases(whole, kind, module, Calls({}, rows=rows))
+    graph = trace(module, whole, example)
+    graph.write(tmp_path, Progress(), "transformer", {LIGHT_NAME: light_graph.cut(graph, module)})
+    light, compared = light_cases(whole, cases)
+    for description, own, file in ((whole, cases, "model.onnx"), (light, compared, LIGHT_NAME)):
+        parities = compare(description, open_graph(tmp_path / file), own, LIMITS["fp32"])
+        assert len(parities) == len(cases)
+        assert all(parity.passed for parity in parities), file
+    counts = [len(onnx.load(tmp_path / file, load_external_data=False).graph.node) for file in ("model.onnx", LIGHT_NAME)]
+    assert counts[1] < counts[0] / 2
