@@ -51,6 +51,11 @@ class SpeedupChooser:
     scheduler: str
     has_features: bool
 
+    @property
+    def keeps_features(self) -> bool:
+        """Whether requests may call the light graph."""
+        return self.has_features and any(one.keeps_features for one in self.speedups.table)
+
     def choose(self, request: Request, scheduler: CachedScheduler, is_guided: bool) -> Chosen:
         """The speedup of a request with this scheduler; `is_guided` if its steps have two rows for an image."""
         if request.fidelity.is_exact:

@@ -48,6 +48,7 @@ from img2img_server.runtime.onnx.modules import close_graphs
 from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCache
 from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, step_arguments
 from img2img_server.runtime.schedulers.noise_levels import noise_level
+from img2img_server.support.device_lock import records_at_once
 from img2img_server.support.model_fields import FieldRule, ModelFields
 from img2img_server.support.source_rule import MaskUse
 
@@ -180,6 +181,8 @@ class SteppedPipeline(ABC):
                 predicted = self._keep_features(states, keepers, inputs | residuals)
             else:
                 (predicted,) = self._predict(**inputs, **residuals)
+                if records_at_once() and self.speedups.keeps_features:  # in warm-up
+                    self._record_light(inputs)
         return split_noise(states, self._noise(predicted, joined_samples))
 
     def _denoise_apart(self, states: Sequence[DiffusionState], controlled: Sequence[bool]) -> Sequence[Noise]:
@@ -221,6 +224,11 @@ class SteppedPipeline(ABC):
             if state in keepers:
                 state.features = own.clone()  # without the batch's other rows
         return predicted
+
+    def _record_light(self, inputs: dict[str, Any]) -> None:
+        """Calls the light graph on the rows of a call, so that it is recorded before the first request that needs it."""
+        _, features = self._denoiser.predict_with_features(**inputs)
+        self._denoiser.predict_light(features, **inputs)
 
     def _residuals(self, states: Sequence[DiffusionState], inputs: Conditioning) -> dict[str, Any]:
         """The denoiser's arguments for the controls that apply to the states' next step, of the `inputs` of the call."""
