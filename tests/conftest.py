@@ -45,7 +45,7 @@ WITHOUT_FURTHER_GRAPHS = (
 )
 """Bundles without graphs for LoRAs and ControlNets, which take half of an export: no test asks for them. In an environment whose
 tests ask for none, $TESTS_FURTHER_GRAPHS has the names of those that have them (scripts/test_versions)."""
-OF_TWO_SIZES = ("chroma", "kandinsky3", "longcat-edit")
+OF_TWO_SIZES = ("chroma", "kandinsky3", "longcat-edit", "qwenimage2")
 """Bundles for which these two images differ in size: the exporter does not know the classes of their denoisers, and makes those
 axes of a graph variable that differ between images."""
 
