@@ -123,7 +123,7 @@ def tiny_model(shared: Path) -> Callable[[str], Path]:
 def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
     """Gives the exported bundle of a tiny model by its name, or of the demo's model for "demo"; "sd1:fp16" is one in fp16, and
     "sd1:fp32:speedups" one with a light graph and a few speedups, but no LoRA graphs ("sd1:fp32:speedups+loras": with them),
-    "sd3:fp32:int4" one with weights in int4.
+    "sd3:fp32:int4" one with weights in int4, "flux:fp32:controls" one with control graphs.
 
     Those of WITH_PREVIEWS have previews.
     """
@@ -156,8 +156,9 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
                 output=output,
                 precision=cast(Precision, precision or "fp32"),
                 lora_graphs=more != "speedups",
+                control_graphs=more == "controls",
                 speedups=speedups,
-                weight_format=cast(WeightFormat, "" if speedups else more),
+                weight_format=cast(WeightFormat, "" if speedups or more == "controls" else more),
             )
             with short, short_speedups(), nullcontext() if further else without_further_graphs():
                 export_model(options)
@@ -169,14 +170,15 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
 
 @pytest.fixture(scope="session")
 def tiny_controlnet(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
-    """Gives the directory of a tiny ControlNet: "sd1-a" is one for the tiny model "sd1", and "sd1-b" another."""
+    """Gives the directory of a tiny ControlNet: "sd1-a" is one for the tiny model "sd1", and "sd1-b" another;
+    "sdxl-u" is a union, and "sd1-p" pools its residuals."""
 
     @functools.cache
     def get(name: str) -> Path:
         import tiny_controlnets
 
         model, _, letter = name.rpartition("-")
-        build = functools.partial(tiny_controlnets.build, tiny_model(model), seed=ord(letter))
+        build = functools.partial(tiny_controlnets.build, tiny_model(model), letter=letter)
         return kept(shared, f"controlnets/{name}", Path.is_dir, build)
 
     return get

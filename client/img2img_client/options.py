@@ -138,6 +138,7 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
                 scale=control.scale,
                 start=control.start,
                 end=control.end,
+                control_mode=control.control_mode,
             )
             for control in options.get("controls") or ()
         ],

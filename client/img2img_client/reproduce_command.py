@@ -186,7 +186,9 @@ def _controls(arguments: argparse.Namespace, record: Mapping[str, Any]) -> list[
     recorded, given = record.get("controls") or [], arguments.controls
     kinds = {"model": str, "scale": int | float, "start": int | float, "end": int | float}
     if not isinstance(recorded, list) or not all(
-        isinstance(control, dict) and all(isinstance(control.get(name), kind) for name, kind in kinds.items())
+        isinstance(control, dict)
+        and all(isinstance(control.get(name), kind) for name, kind in kinds.items())
+        and isinstance(control.get("control_mode"), int | None)
         for control in recorded
     ):
         raise ValueError(f"the img2img record in the image is damaged: controls is {recorded!r}")
@@ -196,7 +198,7 @@ def _controls(arguments: argparse.Namespace, record: Mapping[str, Any]) -> list[
         raise ValueError(f"--control FILE is needed {len(recorded)} times: not all control images of FILE were assets")
     images = [f"asset:{control['asset']}" for control in recorded] if given is None else given
     return [
-        Control(control["model"], image, control["scale"], control["start"], control["end"])
+        Control(control["model"], image, control["scale"], control["start"], control["end"], control.get("control_mode"))
         for control, image in zip(recorded, images, strict=True)
     ]
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "img2img transform"
 _SIDES = ("LEFT", "TOP", "RIGHT", "BOTTOM")
-_CONTROL_NUMBERS = ("scale", "start", "end")
+_CONTROL_NUMBERS = {"scale": float, "start": float, "end": float, "control_mode": int}
 
 _EPILOG = """\
 examples:
@@ -130,10 +130,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=_control,
         action="append",
         default=[],
-        metavar="MODEL=FILE[,scale=S][,start=A][,end=B]",
+        metavar="MODEL=FILE[,scale=S][,start=A][,end=B][,control_mode=M]",
         dest="controls",
         help="image for a ControlNet of the server, such as edges or a pose, as a file or an address; scale is the factor of its "
-        "effect, start and end the fractions of the steps between which it applies (repeatable)",
+        "effect, start and end the fractions of the steps between which it applies, control_mode the kind of the image for a "
+        "union (repeatable)",
     )
     bound = group.add_mutually_exclusive_group()
     bound.add_argument(
@@ -295,15 +296,16 @@ def _control(text: str) -> Control:
         image += f",{parts.pop(0)}"
     if not (model and equals and image):
         raise argparse.ArgumentTypeError(f"must be MODEL=FILE, not {text!r}")
-    numbers: dict[str, float] = {}
+    numbers: dict[str, Any] = {}
     for part in parts:
         name, _, value = part.partition("=")
         if name not in _CONTROL_NUMBERS:
             raise argparse.ArgumentTypeError(f"unknown setting {name!r}: use {', '.join(_CONTROL_NUMBERS)}")
         try:
-            numbers[name] = float(value)
+            numbers[name] = _CONTROL_NUMBERS[name](value)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{name} must be a number, not {value!r}") from None
+            kind = "an integer" if _CONTROL_NUMBERS[name] is int else "a number"
+            raise argparse.ArgumentTypeError(f"{name} must be {kind}, not {value!r}") from None
     return Control(model, image, **numbers)
 
 

@@ -51,7 +51,8 @@ class Control:
 
     `model` is the ControlNet's id or a ModelReference. `image` is a file's path, a file's bytes, a Pillow image, an Asset, or an
     address that the server reads. `scale` is the factor of its effect; it applies to the steps from `start` to `end`, both
-    fractions of all steps. None means the server's default: 1, 0 and 1.
+    fractions of all steps. None means the server's default: 1, 0 and 1. `control_mode` is the kind of the image for a union
+    ControlNet, which needs one; None for others.
     """
 
     model: str | ModelReference
@@ -59,6 +60,7 @@ class Control:
     scale: float | None = None
     start: float | None = None
     end: float | None = None
+    control_mode: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

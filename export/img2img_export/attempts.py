@@ -42,6 +42,8 @@ _log = logging.getLogger(__name__)
 
 WITH_CONTROLS = ("stable-diffusion", "stable-diffusion-xl")
 """The families whose requests may have ControlNets."""
+CONTROLS_IF_ASKED = ("flux",)
+"""Those whose graphs for them are made if the options ask for them: a transformer takes long to trace and to compare."""
 _AIM_DB = 25.0
 """PSNR of the worst image below which a graph in static int8 is quantized less. The limit is lower."""
 _REFERENCES = "verification/references"
@@ -80,6 +82,9 @@ def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, pro
     """
     loader = Loader(source, layout, options.variant)
     *plans, last = models.plans_for(layout, options.backend)
+    family = (*plans, last)[0].family
+    if options.control_graphs and family not in (*WITH_CONTROLS, *CONTROLS_IF_ASKED):
+        raise ExportError(f"--control-graphs: there are no ControlNets for models of the family {family}")
     drawn = draw(loader, plans[0] if plans else last, options, progress)
     release_memory()
     reason: str | None = None
@@ -115,7 +120,8 @@ def _attempt(
     # Only families that the server steps take LoRAs per request, and only if the denoiser is a graph.
     lora_graphs = options.lora_graphs and plan.family != models.WHOLE and not set(DENOISERS).isdisjoint(plan.graphs)
     options = dataclasses.replace(options, lora_graphs=lora_graphs)
-    converter = Converter(loader, drawn.calls, options, bundle, progress, control_graphs=plan.family in WITH_CONTROLS)
+    has_controls = plan.family in (*WITH_CONTROLS, *(CONTROLS_IF_ASKED if options.control_graphs else ()))
+    converter = Converter(loader, drawn.calls, options, bundle, progress, control_graphs=has_controls)
     made = {part.component.name: part for component in plan.graphs for part in converter.convert(component)}
     progress.stage("saving the rest of the pipeline" if plan.graphs else "saving the PyTorch pipeline")
     saved = torch_bundle.save(_load(loader, options), plan.graphs, options.precision, bundle)

@@ -132,6 +132,8 @@ def _recorded(options: ExportOptions) -> dict[str, str]:
         recorded["allow_unverified"] = "yes"
     if not options.lora_graphs:
         recorded["lora_graphs"] = "no"
+    if options.control_graphs:
+        recorded["control_graphs"] = "yes"
     if options.speedups:
         recorded["speedups"] = "yes"
     if options.weight_format:

@@ -26,12 +26,12 @@ from img2img_server.bundle.manifest import AccuracyLimits, Component, ComponentP
 from img2img_server.bundle.speedups import LIGHT_NAME
 from img2img_server.runtime.common.fp32_compute import computing_in_fp32
 
-from img2img_export.convert import control_graph, light_graph, lora_graph, parts, split_graph
+from img2img_export.convert import light_graph, lora_graph, parts, split_graph
 from img2img_export.convert.calibration import Calibration
 from img2img_export.convert.external_weights import GRAPH_NAME, ExternalWeightsGraph
-from img2img_export.convert.fused_attention import LORA_NAME as LORA_FUSED_ATTENTION
+from img2img_export.convert.flux_control import FluxControlNet
 from img2img_export.convert.fused_attention import NAME as FUSED_ATTENTION
-from img2img_export.convert.fused_attention import write_beside
+from img2img_export.convert.fused_attention import name_of, write_beside
 from img2img_export.convert.fusion import fuse
 from img2img_export.convert.graphs import describe_graph, quiet
 from img2img_export.convert.models import Loader
@@ -72,11 +72,13 @@ _UNCALIBRATED = AccuracyLimits(0.5, 5.0, 255, 0.0, 0.0)
 FUSED = "cuda"
 """Subfolder of a graph's folder for the same graph with ONNX Runtime's fused CUDA operators."""
 _FUSABLE = ("unet", "vae_encoder", "vae_decoder", FAMILY)
-"""The graphs that can be fused."""
+"""The graphs that can be fused, apart from ControlNets of Flux."""
 _TRANSFORMER = "transformer"
 """The graph with a second one whose attention is fused (fused_attention.py)."""
 _COARSER: dict[WeightFormat, WeightFormat] = {"int4": "int8", "int8": ""}
 """What is tried if a graph or images differ too much with weights in a format."""
+_CONTROLLED = ("unet", _TRANSFORMER)
+"""The components with control graphs."""
 
 
 _FURTHER = {"lora": LORA_NAME, "control": CONTROL_NAME, "control_lora": CONTROL_LORA_NAME}
@@ -119,7 +121,7 @@ class Made:
 
 class Converter:
     """Makes the graphs of a checkpoint in the directory `bundle`. `calls` are the recorded inputs of the pipeline's parts. With
-    `control_graphs` the UNet also gets graphs for requests with ControlNets."""
+    `control_graphs` the denoiser also gets graphs for requests with ControlNets."""
 
     def __init__(
         self,
@@ -223,8 +225,7 @@ class Converter:
         folder = self._bundle / name
         graphs: dict[str, tuple[str, ...]] = {"fused": (f"{FUSED}/{GRAPH_NAME}", FUSED_ATTENTION)}
         for field, file in _FURTHER.items():
-            graphs |= {field: (file,), f"fused_{field}": (f"{FUSED}/{file}",)}
-        graphs["fused_lora"] += (LORA_FUSED_ATTENTION,)
+            graphs |= {field: (file,), f"fused_{field}": (f"{FUSED}/{file}", name_of(file))}
         graphs |= {"light": (LIGHT_NAME,), "fused_light": (f"{FUSED}/{LIGHT_NAME}",)}
         for field, files in graphs.items():
             path = next((folder / file for file in files if (folder / file).is_file()), None)
@@ -277,7 +278,7 @@ class Converter:
             _save_config(module, folder, self._options.precision)
             with computing_in_fp32(module):
                 part, example, cases, cost = self._described(name, module, calls)
-                has_controls = self._control_graphs and name == "unet" and precision != "int8"
+                has_controls = self._control_graphs and name in _CONTROLLED and precision != "int8"
                 further = _further(part, module, example, cases, layers, has_controls)
             make = functools.partial(_make, module, precision=precision, narrow=narrow, group_size=self._options.group_size)
             external = make(part, example)
@@ -295,16 +296,14 @@ class Converter:
         if name in self._calibrations:
             self._calibrations[name].release()
         try:
-            if precision == "fp16" and name in _FUSABLE:
+            if precision == "fp16" and name in _FUSABLE and not isinstance(part.kind, FluxControlNet):
                 fused = {file: fuse(graph) for file, graph in beside.items()}
                 fuse(external).write(folder / FUSED, self._progress, f"{name}, fused", fused)
             elif precision != "int8" and name == _TRANSFORMER:
+                made = {_FURTHER[field]: more for field, more in further.items() if _FURTHER[field] in beside}
                 with quiet():
-                    write_beside(make(part, example, fused_attention=True), folder)
-                    if LORA_NAME in beside:
-                        lora = further["lora"]
-                        fused_lora = make(lora.part, example | lora.example, fused_attention=True)
-                        write_beside(fused_lora, folder, LORA_FUSED_ATTENTION)
+                    for file, graph in {GRAPH_NAME: _Further(part, {}, []), **made}.items():
+                        write_beside(make(graph.part, example | graph.example, fused_attention=True), folder, name_of(file))
         except (*FAILURES, ExportError) as error:
             _remove_fused(folder)
             troubles.append(f"no fused graph: {type(error).__name__}: {first_line(error)}")
@@ -362,8 +361,7 @@ def _further(
         largest = sorted(cases, key=lambda case: len(next(iter(case.inputs.values()))))[-2:]
         made["lora"] = _Further(lora, adapters, lora_cases.lora_cases(part, module, layers, largest))
     if has_controls:
-        control, case = control_cases.residual_case(part, module, cases[-1])
-        residuals = control_graph.residuals_like(part, module, example)
+        control, residuals, case = control_cases.residual_case(part, module, example, cases[-1])
         made["control"] = _Further(control, residuals, [case])
         if layers:
             both = lora_graph.adapted(control, layers)
@@ -377,8 +375,7 @@ def described(name: str, module: Any, calls: Calls) -> tuple[Part, Tensors, list
     Raises ExportError if its inputs are not possible for a graph.
     """
     if name == FAMILY:
-        part = control_graph.control_part(module)
-        return part, control_cases.example_inputs(module, 2, *_SMALL["unet"][1]), control_cases.control_cases(part, module)
+        return control_cases.described(module, *_SMALL["unet"][1])
     if calls.rows:
         part, kind = token_part(name, module)
         return part, token_cases.example(part, kind), token_cases.make_cases(part, kind, module, calls)
@@ -415,7 +412,7 @@ def _example(part: Part, module: Any, calls: Calls) -> Tensors:
 
 def _remove_fused(folder: Path) -> None:
     shutil.rmtree(folder / FUSED, ignore_errors=True)
-    for file in (FUSED_ATTENTION, LORA_FUSED_ATTENTION):
+    for file in (FUSED_ATTENTION, *map(name_of, _FURTHER.values())):
         (folder / file).unlink(missing_ok=True)
 
 

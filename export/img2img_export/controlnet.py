@@ -6,7 +6,7 @@ Its graph is compared with PyTorch. No images are compared, since a ControlNet a
 import dataclasses
 from pathlib import Path
 
-from img2img_server.bundle.controls import CONTROL_CLASS, FAMILY
+from img2img_server.bundle.controls import FAMILY
 from img2img_server.bundle.manifest import LIMITS
 
 from img2img_export.attempts import Attempt, measured
@@ -29,9 +29,9 @@ def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, pro
     found = measured(made)
     limits = {name: float(value) for name, value in dataclasses.asdict(LIMITS[options.precision]).items()}
     verification = dataclasses.replace(found, passed=not found.problems, limits=limits, reference="PyTorch in fp32")
-    return Attempt(plan(), tuple(part.component for part in made.values()), verification)
+    return Attempt(plan(layout), tuple(part.component for part in made.values()), verification)
 
 
-def plan() -> Plan:
+def plan(layout: Layout) -> Plan:
     """What becomes of a ControlNet."""
-    return Plan(CONTROL_CLASS, FAMILY, "onnx", (FAMILY,))
+    return Plan(layout.pipeline_class, FAMILY, "onnx", (FAMILY,))

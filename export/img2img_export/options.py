@@ -30,8 +30,9 @@ class ExportOptions:
     compare with. `backend` "auto" makes graphs of all parts and falls back to hybrid, then torch; the others fail if not
     possible. `scheduler` is the bundle's default scheduler (one of the server's names). `force` replaces another bundle at
     `output`; `allow_unverified` publishes a bundle that failed verification. `lora_graphs` also makes the graphs for
-    requests with LoRAs. `speedups` measures what requests that need not be exact can skip. `weight_format` stores the matrices of
-    transformers and text encoders in 8 or 4 bits, in blocks of `group_size` weights.
+    requests with LoRAs, and `control_graphs` Flux's for requests with ControlNets. `speedups` measures what requests that need
+    not be exact can skip. `weight_format` stores the matrices of transformers and text encoders in 8 or 4 bits, in blocks of
+    `group_size` weights.
     """
 
     source: str
@@ -49,6 +50,7 @@ class ExportOptions:
     force: bool = False
     allow_unverified: bool = False
     lora_graphs: bool = True
+    control_graphs: bool = False
     speedups: bool = False
     weight_format: WeightFormat = ""
     group_size: int = GROUP_SIZES[0]

@@ -299,3 +299,30 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "imported []\n")
     assert command == "assets" or "--target" in done.stdout
+
+
+def test_a_control_has_settings_after_its_image(server: FakeServer, source: Path, tmp_path: Path) -> None:
+    """The mode of a union is an integer. A file's name may contain commas."""
+    edges = tmp_path / "a,b.png"
+    edges.write_bytes(image_bytes("red"))
+    control = f"union={edges},scale=0.5,end=0.75,control_mode=3"
+    assert transform(server, source, tmp_path / "out.png", "--control", control) == 0
+    (sent,) = server.service.requests[-1].controls
+    assert (sent.model.path, sent.scale, sent.end, sent.control_mode) == ("union", 0.5, 0.75, 3)
+    assert not sent.HasField("start")
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("control_mode=0.5", "control_mode must be an integer, not '0.5'"),
+        ("scale=much", "scale must be a number, not 'much'"),
+        ("scale=1,mode=3", "unknown setting 'mode': use scale, start, end, control_mode"),
+    ],
+)
+def test_a_wrong_setting_of_a_control_is_named(
+    setting: str, problem: str, server: FakeServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        transform(server, source, tmp_path / "out.png", "--control", f"union=edges.png,{setting}")
+    assert problem in capsys.readouterr().err

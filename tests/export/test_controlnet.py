@@ -15,10 +15,11 @@ from img2img_export.build import export_model
 from img2img_export.cli.dry_run import forecast, survey
 from img2img_export.controlnet import plan
 from img2img_export.convert import control_graph
+from img2img_export.convert.fused_attention import name_of
 from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions, LoraFile
 from img2img_export.progress import Progress
-from img2img_server.bundle.controls import CONTROL_LORA_NAME, CONTROL_NAME, FAMILY, is_residual
+from img2img_server.bundle.controls import CLASSES, CONTROL_LORA_NAME, CONTROL_NAME, FAMILY, is_residual
 from img2img_server.bundle.manifest import check_bundle, read_manifest
 from short_exports import brief, cut_short
 
@@ -30,19 +31,55 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1-a", "sdxl-a", "sdxl-u"])
 def test_a_controlnet_becomes_a_verified_bundle(name: str, control_bundle: Get) -> None:
-    bundle = control_bundle(f"{name}-a")
+    bundle = control_bundle(name)
     manifest = read_manifest(bundle)
     check_bundle(bundle, manifest)
-    assert (manifest.family, manifest.backend, manifest.pipeline_class) == (FAMILY, "onnx", "ControlNetModel")
+    assert (manifest.family, manifest.backend, manifest.pipeline_class) == (FAMILY, "onnx", CLASSES[name.endswith("u")])
     (component,) = manifest.components
     named = {item.name: item.shape for item in component.inputs}
     assert {"sample", "timestep", "encoder_hidden_states", "controlnet_cond", "conditioning_scale"} <= named.keys()
-    assert ("text_embeds" in named) == (name == "sdxl")
+    assert ("text_embeds" in named) == name.startswith("sdxl")
+    assert ("control_mode" in named) == name.endswith("u")
     assert named["timestep"] == ("timestep_batch",)
     assert [part.case for part in manifest.verification.components] == ["random, batch 1, 8 x 8", "random, batch 3, 9 x 13"]
     assert manifest.verification.reference == "PyTorch in fp32"
+
+
+@pytest.mark.parametrize("letter", ["a", "u", "x"])
+def test_a_controlnet_of_flux_becomes_a_verified_bundle(letter: str, control_bundle: Get) -> None:
+    bundle = control_bundle(f"flux-dev-{letter}")
+    manifest = read_manifest(bundle)
+    check_bundle(bundle, manifest)
+    assert (manifest.family, manifest.pipeline_class) == (FAMILY, "FluxControlNetModel")
+    (component,) = manifest.components
+    named = {item.name: item.shape for item in component.inputs}
+    assert {"hidden_states", "guidance", "controlnet_cond", "conditioning_scale"} <= named.keys()
+    assert ("control_mode" in named) == (letter == "u")
+    assert len(named["controlnet_cond"]) == (4 if letter == "x" else 3)
+    outputs = [item.name for item in component.outputs]
+    assert outputs == ["controlnet_block_samples", *(() if letter == "x" else ["controlnet_single_block_samples"])]
+    assert (component.fused, component.reason) == ("", "")
+
+
+def test_flux_has_control_graphs_if_they_are_asked_for(bundle: Get) -> None:
+    made, plain = (
+        next(part for part in read_manifest(bundle(name)).components if part.name == "transformer")
+        for name in ("flux-dev:fp32:controls", "flux-dev")
+    )
+    assert made.reason == ""
+    paths = (made.control, made.fused_control, made.control_lora, made.fused_control_lora)
+    names = (CONTROL_NAME, name_of(CONTROL_NAME), CONTROL_LORA_NAME, name_of(CONTROL_LORA_NAME))
+    assert paths == tuple(f"transformer/{name}" for name in names)
+    assert (plain.control, plain.control_lora) == ("", "")
+
+
+def test_control_graphs_of_a_family_without_controlnets_are_refused(tiny_model: Get, tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match="--control-graphs: there are no ControlNets for models of the family stable-diffusion-3"
+    ):
+        export_model(ExportOptions(str(tiny_model("sd3")), tmp_path / "bundle", control_graphs=True))
 
 
 @pytest.mark.parametrize("precision", nightly_but(["fp16", "bf16", "int8"], "fp16"))
@@ -71,7 +108,7 @@ def test_an_export_is_repeated_only_after_a_change(tiny_controlnet: Get, tmp_pat
 def test_a_dry_run_says_what_becomes_of_a_controlnet(tiny_controlnet: Get, tmp_path: Path) -> None:
     options = ExportOptions(str(tiny_controlnet("sd1-a")), tmp_path / "net")
     checkpoint, contents = survey(options, Progress())
-    found = forecast(checkpoint, options, plan(), contents)
+    found = forecast(checkpoint, options, plan(checkpoint.layout), contents)
     assert (found.family, found.backend) == (FAMILY, "onnx")
     ((name, kind, backend, parameters),) = [(part.name, part.kind, part.backend, part.parameters) for part in found.components]
     assert (name, kind, backend) == (FAMILY, "ControlNetModel", "onnx")
@@ -97,13 +134,15 @@ def test_options_that_do_not_apply_are_refused(changes: Any, flag: str, tiny_con
     ("changes", "reason"),
     [
         (
-            {"_class_name": "ControlNetUnionModel"},
-            "is a ControlNetUnionModel: img2img exports the ControlNets of Stable Diffusion",
+            {"_class_name": "SparseControlNetModel"},
+            "is a SparseControlNetModel: img2img exports the ControlNets of Stable Diffusion",
         ),
-        ({"_class_name": "FluxControlNetModel"}, "is a FluxControlNetModel: img2img exports the ControlNets of"),
+        (
+            {"_class_name": "SD3ControlNetModel"},
+            r"is a SD3ControlNetModel \(diffusers has no image-to-image pipeline with it to follow\): img2img",
+        ),
         ({"_class_name": "UNet2DConditionModel"}, "is a UNet2DConditionModel, a component and not a model"),
         ({"_class_name": None}, "is a component and not a model"),
-        ({"global_pool_conditions": True}, "pools its residuals"),
         ({"quantization_config": {}}, "is quantized"),
     ],
 )

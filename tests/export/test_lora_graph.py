@@ -14,7 +14,7 @@ from img2img_export.build import export_model
 from img2img_export.component import FUSED
 from img2img_export.convert import lora_graph
 from img2img_export.convert.external_weights import DATA_NAME, GRAPH_NAME
-from img2img_export.convert.fused_attention import LORA_NAME as LORA_FUSED_ATTENTION
+from img2img_export.convert.fused_attention import name_of
 from img2img_export.options import ExportOptions
 from img2img_server.bundle.adapters import INDEX, LORA_NAME, RANKS, TAPS, adapted_layers
 from img2img_server.bundle.manifest import Component, read_manifest
@@ -44,7 +44,7 @@ def test_transformers_have_verified_lora_graphs_with_and_without_fused_attention
     compared = {(part.component, part.graph) for part in manifest.verification.components if "lora" in part.graph}
     transformer = components(bundle(name))["transformer"]
     assert transformer.lora == f"transformer/{LORA_NAME}"
-    assert transformer.fused_lora == f"transformer/{LORA_FUSED_ATTENTION}"
+    assert transformer.fused_lora == f"transformer/{name_of(LORA_NAME)}"
     clips = {"sd3": ("text_encoder", "text_encoder_2"), "flux-dev": ("text_encoder",)}
     wanted = {(clip, "lora") for clip in clips.get(name, ())}
     assert compared == {("transformer", "lora"), ("transformer", "fused lora"), *wanted}

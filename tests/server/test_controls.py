@@ -15,10 +15,12 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    ControlNetUnionModel,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionXLControlNetImg2ImgPipeline,
     StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetUnionImg2ImgPipeline,
 )
 from drawing import alone, together
 from fakes import Clock, FakePipeline, make_request
@@ -27,7 +29,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img_cli.__main__ import main
 from img2img_client import Client, Control, InvalidRequest, ModelNotFound, NotSupported, read_provenance, recorded_options
 from img2img_export.verify.images import sample_image
-from img2img_server.api.controls import check_controls
+from img2img_server.api.controls import check_controls, controls_from
 from img2img_server.assets.store import AssetStore
 from img2img_server.backends.local import local
 from img2img_server.bundle.lora_files import LoraFiles
@@ -48,10 +50,11 @@ from img2img_server.sources.reading import Sources
 from lora_making import make, write_diffusers
 from PIL import Image, ImageOps
 from running import RunningServer, running_backend
+from tiny_controlnets import UNION
 
 Get = Callable[[str], Path]
-Mix = tuple[tuple[str, float, float, float], ...]
-"""The controls of a request: the ControlNet's letter, scale, start and end."""
+Mix = tuple[tuple[str, float, float, float] | tuple[str, float, float, float, int], ...]
+"""The controls of a request: the ControlNet's letter, scale, start and end, and the mode of a union."""
 
 SETTINGS: dict[str, Any] = {"prompt": "a lake", "strength": 0.8, "num_inference_steps": 4, "guidance_scale": 5.0}
 MIXES: tuple[Mix, ...] = (
@@ -63,6 +66,13 @@ MIXES: tuple[Mix, ...] = (
     (("a", 0.8, 0.0, 1.0), ("b", 0.7, 0.4, 1.0)),
     (("b", 0.5, 0.0, 1.0), ("a", 0.5, 0.0, 1.0), ("b", 0.3, 0.0, 1.0)),
     (),
+)
+UNIONS: tuple[Mix, ...] = (
+    (("u", 1.0, 0.0, 1.0, 0),),
+    (),
+    (("u", 1.0, 0.0, 1.0, 3),),
+    (("a", 1.0, 0.0, 1.0),),
+    (("u", 0.7, 0.3, 1.0, 5), ("u", -0.5, 0.0, 0.6, 1)),
 )
 CLASSES = {
     "sd1": (StableDiffusionControlNetImg2ImgPipeline, StableDiffusionControlNetInpaintPipeline),
@@ -77,7 +87,10 @@ def image_of(letter: str) -> Image.Image:
 
 
 def controls(mix: Mix) -> tuple[ControlUse, ...]:
-    return tuple(ControlUse(letter, image_of(letter), scale, start, end) for letter, scale, start, end in mix)
+    return tuple(
+        ControlUse(letter, image_of(letter), scale, start, end, mode=mode[0] if mode else None)
+        for letter, scale, start, end, *mode in mix
+    )
 
 
 def requests(mixes: Sequence[Mix] = MIXES, **changes: Any) -> list[Request]:
@@ -92,12 +105,12 @@ def load(bundle: Path, nets: ControlNets | None, **more: Any) -> SteppedPipeline
 
 
 @pytest.fixture
-def nets(control_bundle: Get, tmp_path: Path) -> Callable[[str], ControlNets]:
-    """The ControlNets "a" and "b" of a tiny model."""
+def nets(control_bundle: Get, tmp_path: Path) -> Callable[..., ControlNets]:
+    """The ControlNets "a" and "b" of a tiny model, or those of other letters."""
 
-    def load_nets(name: str) -> ControlNets:
+    def load_nets(name: str, letters: str = "ab") -> ControlNets:
         nets = ControlNets()
-        for letter in ("a", "b"):
+        for letter in letters:
             link = tmp_path / letter
             link.symlink_to(control_bundle(f"{name}-{letter}"))
             assert isinstance(load_pipeline(link, read_manifest(link), Execution("cpu"), controlnets=nets), ControlNet)
@@ -113,7 +126,8 @@ def oracle(tiny_model: Get, tiny_controlnet: Get) -> Callable[..., np.ndarray]:
 
     def model(name: str) -> Any:
         if name not in models:
-            models[name] = ControlNetModel.from_pretrained(tiny_controlnet(name))
+            kind = ControlNetUnionModel if name.endswith(UNION) else ControlNetModel
+            models[name] = kind.from_pretrained(tiny_controlnet(name))
         return models[name]
 
     def draw(name: str, mix: Mix, seed: int, mask: Image.Image | None = None) -> np.ndarray:
@@ -121,11 +135,17 @@ def oracle(tiny_model: Get, tiny_controlnet: Get) -> Callable[..., np.ndarray]:
         # Without controls, one whose scale is 0 gives the image of the plain pipeline.
         mix = mix or (("a", 0.0, 0.0, 1.0),)
         parts = [model(f"{name}-{letter}") for letter, *_ in mix]
+        modes = {}
+        if any(letter == UNION for letter, *_ in mix):
+            kind, modes = (
+                StableDiffusionXLControlNetUnionImg2ImgPipeline,
+                {"control_mode": [use[4] for use in mix if len(use) == 5]},
+            )
         pipe = kind.from_pretrained(tiny_model(name), controlnet=parts if len(parts) > 1 else parts[0], safety_checker=None)
         pipe.set_progress_bar_config(disable=True)
         images, scales, starts, ends = (
             list(values) if len(mix) > 1 else values[0]
-            for values in zip(*((image_of(letter), *numbers) for letter, *numbers in mix), strict=True)
+            for values in zip(*((image_of(letter), *numbers[:3]) for letter, *numbers in mix), strict=True)
         )
         settings = SETTINGS if mask is None else {**SETTINGS, "mask_image": mask, "width": 64, "height": 64}
         drawn = pipe(
@@ -136,6 +156,7 @@ def oracle(tiny_model: Get, tiny_controlnet: Get) -> Callable[..., np.ndarray]:
             control_guidance_end=ends,
             generator=torch.Generator().manual_seed(seed),
             **settings,
+            **modes,
         )
         return np.asarray(drawn.images[0], int)
 
@@ -156,6 +177,58 @@ def test_mixed_batch_matches_diffusers(
         without = alone(plain, dataclasses.replace(request, controls=()))
         assert np.array_equal(image, without) == (not request.controls), MIXES[index]
         assert not request.controls or np.abs(image - without).mean() > 3, "a control that changes nothing would prove nothing"
+
+
+def test_a_union_reads_images_of_several_kinds_in_one_batch_as_diffusers_does(
+    bundle: Get, nets: Callable[..., ControlNets], oracle: Callable[..., np.ndarray]
+) -> None:
+    """Several images are read one by one, as by MultiControlNetUnionModel."""
+    pipeline = load(bundle("sdxl"), nets("sdxl", "au"))
+    batch = requests(UNIONS)
+    drawn = together(pipeline, batch)
+    for index, (request, image) in enumerate(zip(batch, drawn, strict=True)):
+        assert np.abs(image - oracle("sdxl", UNIONS[index], 5 + index)).max() <= 1, UNIONS[index]
+        assert np.array_equal(image, alone(pipeline, request)), UNIONS[index]
+    other = dataclasses.replace(batch[0], controls=controls((("u", 1.0, 0.0, 1.0, 3),)))
+    assert np.abs(alone(pipeline, other) - drawn[0]).mean() > 1, "a mode that changes nothing would prove nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "reason"),
+    [
+        ("u", None, "it is missing: ControlNet 'u' is a union, which reads images of the kinds 0 to 5"),
+        ("u", 6, "it is 6: ControlNet 'u' is a union"),
+        ("u", -1, "it is -1: ControlNet 'u' is a union"),
+        ("a", 0, "ControlNet 'a' is not a union, and reads images of one kind: leave it out"),
+    ],
+)
+def test_a_mode_that_a_controlnet_lacks_is_refused(
+    name: str, mode: int | None, reason: str, bundle: Get, nets: Callable[..., ControlNets]
+) -> None:
+    pipeline = load(bundle("sdxl"), nets("sdxl", "au"))
+    (request,) = requests([((("a", 1.0, 0.0, 1.0)),)])
+    uses = (*request.controls, ControlUse(name, image_of("a"), mode=mode))
+    with pytest.raises(InvalidField, match=rf"^controls\[1\]\.control_mode: {reason}"):
+        pipeline.plan(dataclasses.replace(request, controls=uses))
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_residuals_that_a_controlnet_pools_apply_to_the_prompt_only_as_in_diffusers(
+    guidance: float,
+    bundle: Get,
+    nets: Callable[..., ControlNets],
+    oracle: Callable[..., np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(SETTINGS, "guidance_scale", guidance)
+    pipeline = load(bundle("sd1"), nets("sd1", "ap"))
+    mixes: tuple[Mix, ...] = (MIXES[1], (("p", 1.0, 0.0, 1.0),), (), (("p", 0.6, 0.3, 1.0),))
+    batch = requests(mixes)
+    drawn = together(pipeline, batch)
+    for index, (request, image) in enumerate(zip(batch, drawn, strict=True)):
+        assert np.abs(image - oracle("sd1", mixes[index], 5 + index)).max() <= 1, mixes[index]
+        assert np.array_equal(image, alone(pipeline, request)), mixes[index]
+    assert np.abs(drawn[1] - alone(pipeline, dataclasses.replace(batch[1], controls=()))).mean() > 1
 
 
 def test_controls_of_masked_requests_match_diffusers(
@@ -319,7 +392,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, bundle: Get, control_bundle
     models = tmp_path_factory.mktemp("models")
     for name in ("sd1", "sdxl", "lcm"):
         (models / name).symlink_to(bundle(name))
-    for name, found in (("a", "sd1-a"), ("b", "sd1-b"), ("a-xl", "sdxl-a")):
+    for name, found in (("a", "sd1-a"), ("b", "sd1-b"), ("a-xl", "sdxl-a"), ("u-xl", "sdxl-u")):
         (models / name).symlink_to(control_bundle(found))
     settings = {"models": models, "default_model": "sd1", "execution": Execution("cpu"), "http_port": 0}
     with running_backend(local, **settings) as server:
@@ -334,7 +407,7 @@ def client(server: RunningServer) -> Iterator[Client]:
 
 def test_requests_with_other_controls_share_a_server(client: Client, oracle: Callable[..., np.ndarray]) -> None:
     def ask(index: int) -> np.ndarray:
-        wanted = [Control(letter, image_of(letter), *numbers) for letter, *numbers in MIXES[index]]
+        wanted = [Control(use[0], image_of(use[0]), use[1], use[2], use[3]) for use in MIXES[index]]
         result = client.transform(sample_image(64, 64), seed=5 + index, controls=wanted, **SETTINGS)
         record = read_provenance(result.images[0].data) or {}
         kept = [(use["model"], use["scale"], use["start"], use["end"]) for use in record.get("controls", [])]
@@ -446,7 +519,7 @@ def test_a_control_image_is_resized_to_the_result(client: Client) -> None:
 
 def test_models_list_which_take_controls(client: Client) -> None:
     models = {model.id: model for model in client.models()}
-    assert {name for name, model in models.items() if model.family == "controlnet"} == {"a", "b", "a-xl"}
+    assert {name for name, model in models.items() if model.family == "controlnet"} == {"a", "b", "a-xl", "u-xl"}
     client.transform(sample_image(64, 64), controls=[Control("a", image_of("a"))], **SETTINGS)
     models = {model.id: model for model in client.models()}
     assert models["sd1"].takes("controls")
@@ -479,6 +552,39 @@ def test_an_invalid_field_of_a_control_is_named(control: dict[str, Any], field: 
         client.transform(
             sample_image(64, 64), controls=[Control(**{"model": "a", "image": image_of("a"), **control})], **SETTINGS
         )
+
+
+def test_the_mode_of_a_union_is_read_and_recorded(client: Client) -> None:
+    """And named if it is wrong."""
+
+    def ask(mode: int | None) -> Any:
+        control = Control("u-xl", image_of("u"), control_mode=mode)
+        return client.transform(sample_image(64, 64), model="sdxl", seed=1, controls=[control], **SETTINGS).images[0]
+
+    first, other = ask(0), ask(3)
+    assert [(read_provenance(one.data) or {})["controls"][0]["control_mode"] for one in (first, other)] == [0, 3]
+    assert first.data != other.data
+    with pytest.raises(InvalidRequest, match=r"^controls\[0\]\.control_mode: it is missing: ControlNet 'u-xl' is a union"):
+        ask(None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("u", pb.Control()),
+        ("u:0.5:0:1:3", pb.Control(scale=0.5, start=0, end=1, control_mode=3)),
+        ("u:0.5", pb.Control(scale=0.5)),
+    ],
+)
+def test_controls_as_text_have_numbers_after_colons(text: str, expected: pb.Control) -> None:
+    expected.model.path = "u"
+    assert controls_from(text) == [expected]
+
+
+@pytest.mark.parametrize("mode", ["0.5", "-1", "1e10", "nan", "inf"])
+def test_a_mode_as_text_is_an_integer(mode: str) -> None:
+    with pytest.raises(InvalidField, match=r"^controls: the mode of u is .*, not an integer from 0"):
+        controls_from(f"u:1:0:1:{mode}")
 
 
 def test_what_does_not_go_together_is_refused_by_name(client: Client) -> None:

@@ -52,6 +52,7 @@
  * @property {number} [scale]
  * @property {number} [start]
  * @property {number} [end]
+ * @property {number} [control_mode]
  */
 
 /**

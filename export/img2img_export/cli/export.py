@@ -139,6 +139,12 @@ def _add_making(group: Any) -> None:
         "is traced and compared, too",
     )
     group.add_argument(
+        "--control-graphs",
+        action="store_true",
+        help="also make Flux's graphs for requests with ControlNets, which are traced and compared, too; they take no space "
+        "(UNets always have them)",
+    )
+    group.add_argument(
         "--speedups",
         action="store_true",
         help="measure how much faster requests run that need not be exact (fidelity), and how much their images change; takes as "
@@ -230,6 +236,7 @@ def options_of(arguments: argparse.Namespace) -> ExportOptions:
         force=arguments.force,
         allow_unverified=arguments.allow_unverified,
         lora_graphs=arguments.lora_graphs,
+        control_graphs=arguments.control_graphs,
         speedups=arguments.speedups,
         weight_format=arguments.weight_format,
         group_size=arguments.group_size,
@@ -252,7 +259,7 @@ def _dry_run(options: ExportOptions, display: Display, json: bool) -> None:
     # With --json the forecast is the only output.
     checkpoint, contents = survey(options, Progress() if json else display)
     check_weight_format(options, checkpoint.kind)
-    planned = controlnet.plan() if checkpoint.kind == "controlnet" else plan(checkpoint.layout, options.backend)
+    planned = controlnet.plan(checkpoint.layout) if checkpoint.kind == "controlnet" else plan(checkpoint.layout, options.backend)
     found = forecast(checkpoint, options, planned, contents)
     if json:
         print(as_json(dataclasses.asdict(found)))

@@ -21,10 +21,14 @@ from torch.onnx.symbolic_opset9 import unused
 from img2img_export.convert.external_weights import GRAPH_NAME, TORCH_TYPES, ExternalWeightsGraph
 from img2img_export.errors import ExportError
 
-NAME = "model_fused_attention.onnx"
-"""File name of the second graph, beside the plain one."""
-LORA_NAME = "lora_fused_attention.onnx"
-"""File name of the second graph of the LoRA graph."""
+
+def name_of(graph: str) -> str:
+    """The file name of the second graph of a graph, beside it: that of "lora.onnx" is "lora_fused_attention.onnx"."""
+    return f"{graph.removesuffix('.onnx')}_fused_attention.onnx"
+
+
+NAME = name_of(GRAPH_NAME)
+"""File name of the second graph of the plain one."""
 
 DOMAIN = "com.microsoft"
 OPERATOR = "MultiHeadAttention"

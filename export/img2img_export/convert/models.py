@@ -77,8 +77,19 @@ _UNKNOWN_INPUTS = {
 CONTROLLED: Mapping[str, str] = {
     "StableDiffusionControlNetImg2ImgPipeline": "StableDiffusionImg2ImgPipeline",
     "StableDiffusionXLControlNetImg2ImgPipeline": "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline": "StableDiffusionXLImg2ImgPipeline",
+    "FluxControlNetImg2ImgPipeline": "FluxImg2ImgPipeline",
 }
 """Classes of models with a ControlNet, which requests name, and of the models without it."""
+
+_UNCONTROLLED: Mapping[str, str] = {
+    "StableDiffusionXLControlNetPAGImg2ImgPipeline": "guides by perturbed attention, for which its UNet stays in PyTorch, and "
+    "ControlNets are inputs of a UNet's graph: export it without PAG, as StableDiffusionXLControlNetImg2ImgPipeline, or without "
+    "the ControlNet, as StableDiffusionXLPAGImg2ImgPipeline",
+    "FluxControlImg2ImgPipeline": "reads the control image as further channels of its latents, and controls of requests are "
+    "ControlNets: export the plain model, with --control-graphs, and a ControlNet of Flux",
+}
+"""Why classes that read a control image are not served."""
 
 _PERTURBED = "PAG"
 """In the names of the classes that guide by perturbed attention."""
@@ -166,8 +177,10 @@ def _refuse_unservable(name: str) -> None:
             if name in CONTROLLED:
                 raise ExportError(
                     f"this pipeline ({name}) is a model with a ControlNet, which becomes a bundle of its own: export the plain "
-                    "model and the ControlNet's directory, and name the ControlNet in requests (controls)"
+                    f"model{_how(name)} and the ControlNet's directory, and name the ControlNet in requests (controls)"
                 )
+            if name in _UNCONTROLLED:
+                raise ExportError(f"this pipeline ({name}) {_UNCONTROLLED[name]}")
             raise ExportError(
                 f"this pipeline ({name}) needs {what} ({parameter}), which img2img does not support for this class: "
                 "export the plain model that it was made from"
@@ -176,6 +189,11 @@ def _refuse_unservable(name: str) -> None:
         raise ExportError(
             f"this pipeline ({name}) divides an image into layers, and img2img serves pipelines that make one image of it"
         )
+
+
+def _how(name: str) -> str:
+    """The flag that a plain model needs to take ControlNets, with a comma, or ""."""
+    return ", with --control-graphs," if name.startswith("Flux") else ""
 
 
 @dataclass(frozen=True, slots=True)

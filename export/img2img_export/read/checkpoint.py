@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from img2img_server.bundle.controls import CONTROL_CLASS, FAMILY
+from img2img_server.bundle.controls import CLASSES, FAMILY
 from img2img_server.bundle.unsafe_files import INDEX, refuse_unsafe_config, refuse_unsafe_parts
 from img2img_server.errors import BundleError
 
@@ -27,6 +27,18 @@ GRAPH_NAME = "model.onnx"
 CONFIG_NAME = "config.json"
 _COMPONENT_WEIGHTS = "diffusion_pytorch_model."
 """How the names of the weights of diffusers' components begin. transformers' models have other names."""
+
+_UNFOLLOWED = dict.fromkeys(
+    (
+        "SD3ControlNetModel",
+        "QwenImageControlNetModel",
+        "ZImageControlNetModel",
+        "HunyuanDiT2DControlNetModel",
+        "SanaControlNetModel",
+    ),
+    "diffusers has no image-to-image pipeline with it to follow",
+)
+"""Why some classes of ControlNets are not exported."""
 
 Kind = Literal["diffusers", "single-file", "onnx", "controlnet"]
 """The kind of a source: weights in diffusers' layout, all weights in one file, graphs made by optimum-cli, or a ControlNet, which
@@ -101,11 +113,13 @@ def is_component(names: Iterable[str]) -> bool:
 def _choose_component(config: Any, names: list[str], options: ExportOptions) -> tuple[Layout, list[str]]:
     """The layout of a ControlNet, and its files to read. Raises ExportError for any other component."""
     name = config.get("_class_name") if isinstance(config, dict) else None
-    if name != CONTROL_CLASS:
+    if name not in CLASSES:
         kind = f"a {name}, a component" if isinstance(name, str) else "a component"
         if isinstance(name, str) and "ControlNet" in name:
+            why = f" ({_UNFOLLOWED[name]})" if name in _UNFOLLOWED else ""
             raise ExportError(
-                f"{options.source} is a {name}: img2img exports the ControlNets of Stable Diffusion 1, 2 and XL ({CONTROL_CLASS})"
+                f"{options.source} is a {name}{why}: img2img exports the ControlNets of Stable Diffusion 1, 2 and XL and of Flux "
+                f"({', '.join(CLASSES)})"
             )
         raise ExportError(
             f"{options.source} is {kind} and not a model: it has no {INDEX_NAME}; choose the directory of the complete model"
@@ -114,16 +128,12 @@ def _choose_component(config: Any, names: list[str], options: ExportOptions) -> 
         raise ExportError(
             f"{options.source} is quantized (quantization_config in its config.json): export it in fp16, bf16 or fp32"
         )
-    if config.get("global_pool_conditions"):
-        raise ExportError(
-            f"{options.source} is a ControlNet that pools its residuals (global_pool_conditions), which img2img cannot do yet"
-        )
     _refuse_for_controlnets(options)
     own = [name for name in names if "/" not in name]
     if code := [name for name in own if name.endswith(".py")]:
         raise ExportError(f"the checkpoint contains custom code ({code[0]}), which is never run")
     weights = _weights(options.source, [name for name in own if name.startswith(_COMPONENT_WEIGHTS)], options.variant)
-    return Layout(CONTROL_CLASS, {FAMILY: ("diffusers", CONTROL_CLASS)}, ()), sorted([CONFIG_NAME, *weights])
+    return Layout(name, {FAMILY: ("diffusers", name)}, ()), sorted([CONFIG_NAME, *weights])
 
 
 def _refuse_for_controlnets(options: ExportOptions) -> None:
@@ -132,6 +142,7 @@ def _refuse_for_controlnets(options: ExportOptions) -> None:
         ("--lora", bool(options.loras)),
         ("--scheduler", options.scheduler is not None),
         ("--reference", options.reference is not None),
+        ("--control-graphs", options.control_graphs),
         ("--backend", options.backend not in ("auto", "onnx")),
         ("--allow-pattern and --ignore-pattern", bool(options.allow_patterns or options.ignore_patterns)),
     ):

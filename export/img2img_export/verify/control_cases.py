@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from img2img_server.bundle.controls import IMAGE, SCALE
+from img2img_server.bundle.controls import FLUX_CLASS, IMAGE, MODE, SCALE
 
-from img2img_export.convert.control_graph import controlled, residuals_like
+from img2img_export.convert import control_graph, flux_control
 from img2img_export.convert.parts import Part, Tensors
 from img2img_export.verify.parity import Case
 
@@ -18,9 +18,43 @@ _TIME_IDS = 6
 """Numbers of SDXL's base model that say the image's size."""
 _SPREAD = 0.3
 """Of random residuals. The states that they are added to have about 1."""
+_PIXELS = 16
+"""Pixels of a token of Flux, on each side."""
 
 
-def example_inputs(module: Any, rows: int, height: int, width: int) -> Tensors:
+def described(module: Any, height: int, width: int) -> tuple[Part, Tensors, list[Case]]:
+    """The graph of a ControlNet, inputs to trace it with, of that size, and its comparisons. It must compute in fp32."""
+    is_flux = type(module).__name__ == FLUX_CLASS
+    part, make = (flux_control.control_part(module), _flux_inputs) if is_flux else (control_graph.control_part(module), _inputs)
+    cases = [_case(f"random, batch {rows}, {h} x {w}", part, module, make(module, rows, h, w)) for rows, h, w in _BATCHES]
+    return part, make(module, 2, height, width), cases
+
+
+def _flux_inputs(module: Any, rows: int, height: int, width: int) -> Tensors:
+    """Random inputs of a ControlNet of Flux for that many tokens."""
+    config, generator = module.config, torch.Generator("cpu").manual_seed(rows)
+    tokens = height * width
+    places = torch.cartesian_prod(torch.arange(height, dtype=torch.float32), torch.arange(width, dtype=torch.float32))
+    inputs = {
+        "hidden_states": torch.randn(rows, tokens, config.in_channels, generator=generator),
+        "encoder_hidden_states": torch.randn(rows, _TOKENS, config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(rows, config.pooled_projection_dim, generator=generator),
+        "timestep": torch.tensor(_TIMESTEPS[:rows]) / 1000,
+        "txt_ids": torch.zeros(_TOKENS, 3),
+        "img_ids": torch.nn.functional.pad(places, (1, 0)),
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = torch.linspace(1, 7, rows)
+    if flux_control.reads_pixels(config):
+        inputs[IMAGE] = 2 * torch.rand(rows, 3, _PIXELS * height, _PIXELS * width, generator=generator) - 1
+    else:
+        inputs[IMAGE] = torch.randn(rows, tokens, config.in_channels, generator=generator)
+    if flux_control.is_union(config):
+        inputs[MODE] = torch.arange(rows) % config.num_mode
+    return inputs | {SCALE: torch.tensor(_SCALES[:rows])}
+
+
+def _inputs(module: Any, rows: int, height: int, width: int) -> Tensors:
     """Random inputs of a ControlNet for latents of that size."""
     config, generator = module.config, torch.Generator("cpu").manual_seed(rows)
     text_width = config.encoder_hid_dim or config.cross_attention_dim
@@ -35,28 +69,28 @@ def example_inputs(module: Any, rows: int, height: int, width: int) -> Tensors:
         inputs["time_ids"] = torch.full((rows, _TIME_IDS), 512.0)
     scale = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
     inputs[IMAGE] = torch.rand(rows, config.conditioning_channels, scale * height, scale * width, generator=generator)
+    if control_graph.is_union(config):
+        inputs[MODE] = torch.arange(rows) % config.num_control_type
     return inputs | {SCALE: torch.tensor(_SCALES[:rows])}
 
 
-def control_cases(part: Part, module: Any) -> list[Case]:
-    """The comparisons for a ControlNet, which must compute in fp32."""
-    made = []
-    for rows, height, width in _BATCHES:
-        inputs = example_inputs(module, rows, height, width)
-        made.append(_case(f"random, batch {rows}, {height} x {width}", part, module, inputs))
-    return made
+def residual_case(part: Part, module: Any, example: Tensors, case: Case) -> tuple[Part, Tensors, Case]:
+    """The part of a denoiser's control graph, its further inputs to trace it with beside `example`, and its comparison: the
+    inputs of `case`, its first row without residuals.
 
-
-def residual_case(part: Part, module: Any, case: Case) -> tuple[Part, Case]:
-    """The part of a UNet's control graph, and its comparison: the inputs of `case`, its first row without residuals.
-
-    The UNet must compute in fp32.
+    The denoiser must compute in fp32.
     """
-    generator, residuals = torch.Generator("cpu").manual_seed(0), residuals_like(part, module, case.inputs)
-    control = controlled(part, len(residuals))
+    generator = torch.Generator("cpu").manual_seed(0)
+    if "hidden_states" in part.inputs:
+        control = flux_control.controlled(part)
+        traced, residuals = (flux_control.residuals_like(module, tensors) for tensors in (example, case.inputs))
+    else:
+        traced, residuals = (control_graph.residuals_like(part, module, tensors) for tensors in (example, case.inputs))
+        control = control_graph.controlled(part, len(residuals))
     for value in residuals.values():
-        value[1:] = torch.randn(value[1:].shape, generator=generator) * _SPREAD
-    return control, _case(f"{case.name}, residuals", control, module, {**case.inputs, **residuals})
+        if value.is_floating_point():
+            value[1:] = torch.randn(value[1:].shape, generator=generator) * _SPREAD
+    return control, traced, _case(f"{case.name}, residuals", control, module, {**case.inputs, **residuals})
 
 
 def _case(name: str, part: Part, module: Any, inputs: Tensors) -> Case:

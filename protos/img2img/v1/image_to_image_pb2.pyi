@@ -381,12 +381,17 @@ class Control(_message.Message):
     SCALE_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    CONTROL_MODE_FIELD_NUMBER: _builtins.int
     scale: _builtins.float
     """The factor of its effect, -10 to 10. Default: 1."""
     start: _builtins.float
     """The part of the steps that run before the ControlNet applies, 0 to 1. Default: 0."""
     end: _builtins.float
     """The part of the steps that run until the ControlNet stops to apply, above start and up to 1. Default: 1."""
+    control_mode: _builtins.int
+    """The kind of the image for a union ControlNet, which reads several, counted from 0 in the order of its training: its model card
+    lists them. Required for unions, refused for others.
+    """
     @_builtins.property
     def model(self) -> Global___ModelReference:
         """The ControlNet: a bundle of the server of the family "controlnet", for models like the request's. Required."""
@@ -403,17 +408,22 @@ class Control(_message.Message):
         scale: _builtins.float | None = ...,
         start: _builtins.float | None = ...,
         end: _builtins.float | None = ...,
+        control_mode: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "end", b"end", "image", b"image", "model", b"model", "scale", b"scale", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_control_mode", b"_control_mode", "_end", b"_end", "_scale", b"_scale", "_start", b"_start", "control_mode", b"control_mode", "end", b"end", "image", b"image", "model", b"model", "scale", b"scale", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "end", b"end", "image", b"image", "model", b"model", "scale", b"scale", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_control_mode", b"_control_mode", "_end", b"_end", "_scale", b"_scale", "_start", b"_start", "control_mode", b"control_mode", "end", b"end", "image", b"image", "model", b"model", "scale", b"scale", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__control_mode: _TypeAlias = _typing.Literal["control_mode"]  # noqa: Y015
+    _WhichOneofArgType__control_mode: _TypeAlias = _typing.Literal["_control_mode", b"_control_mode"]  # noqa: Y015
     _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
     _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
     _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
     _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
     _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
     _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__control_mode) -> _WhichOneofReturnType__control_mode | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
     @_typing.overload

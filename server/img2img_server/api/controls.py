@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from img2img.v1 import image_to_image_pb2 as pb
 
-from img2img_server.bundle.controls import FAMILY
+from img2img_server.bundle.controls import FAMILY, MODE
 from img2img_server.codecs.jobs import LoadImage
 from img2img_server.codecs.pool import Codecs
 from img2img_server.engine.request import ControlUse
@@ -17,7 +17,7 @@ from img2img_server.support.call import current
 
 MOST_CONTROLS = 4
 MAX_SCALE = 10.0
-_NUMBERS = ("scale", "start", "end")
+_NUMBERS = ("scale", "start", "end", MODE)
 
 Lease = Callable[[], Awaitable[Sequence[Model]]]
 """Loads the ControlNets of a request, in order, and keeps them in memory until it has ended."""
@@ -50,9 +50,10 @@ def numbers_of(control: pb.Control) -> tuple[float, float, float]:
 
 
 def controls_from(text: str) -> list[pb.Control]:
-    """Parses "ID", "ID:SCALE", "ID:SCALE:START" or "ID:SCALE:START:END", several separated by commas; images are given elsewhere.
+    """Parses "ID", "ID:SCALE", "ID:SCALE:START", "ID:SCALE:START:END" or "ID:SCALE:START:END:MODE", several separated by commas;
+    images are given elsewhere.
 
-    Raises InvalidField for an empty id.
+    Raises InvalidField for an empty id and a mode that is not an integer.
     """
     controls = []
     for part in text.split(",") if text.strip() else ():
@@ -64,6 +65,10 @@ def controls_from(text: str) -> list[pb.Control]:
             raise InvalidField("controls", "an id is empty: write ID:SCALE, separated by commas")
         control = pb.Control(model=pb.ModelReference(path=name))
         for field, number in zip(_NUMBERS, numbers, strict=False):
+            if field == MODE:
+                if not 0 <= number < 2**31 or number % 1:
+                    raise InvalidField("controls", f"the mode of {name} is {number:g}, not an integer from 0")
+                number = int(number)
             setattr(control, field, number)
         controls.append(control)
     return controls
@@ -103,5 +108,6 @@ class Controls:
                 image, digest, _ = await self._codecs.load(data, load)
             scale, start, end = numbers_of(control)
             bundle = "" if net.manifest is None else net.manifest.digest
-            found.append(ControlUse(net.id, image, scale, start, end, bundle, digest))
+            mode = control.control_mode if control.HasField("control_mode") else None
+            found.append(ControlUse(net.id, image, scale, start, end, bundle, digest, mode))
         return tuple(found)

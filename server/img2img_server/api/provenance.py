@@ -83,6 +83,7 @@ class Provenance:
                     "scale": use.scale,
                     "start": use.start,
                     "end": use.end,
+                    **({} if use.mode is None else {"control_mode": use.mode}),
                     "bundle_digest": use.digest,
                     "digest": use.image_digest.hex(),
                     "asset": asset or None,

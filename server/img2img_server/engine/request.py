@@ -47,7 +47,7 @@ class ControlUse:
 
     `model` is the ControlNet's id, and `digest` its bundle's. `image` is RGB, of the result's size; `image_digest` identifies its
     content. The residuals are multiplied by `scale` in steps that begin at `start` of the request's steps or later, and finish by
-    `end`, both from 0 to 1; in other steps there are none.
+    `end`, both from 0 to 1; in other steps there are none. `mode` is the kind of the image, for unions only.
     """
 
     model: str
@@ -57,6 +57,7 @@ class ControlUse:
     end: float = 1.0
     digest: str = ""
     image_digest: bytes = b""
+    mode: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

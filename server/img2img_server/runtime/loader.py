@@ -21,7 +21,7 @@ from img2img_server.runtime.common.device_copy import device_stream, go_over
 from img2img_server.runtime.common.out_of_memory import KEEPERS, is_out_of_memory
 from img2img_server.runtime.common.vae import bound_torch_vaes, most_memory
 from img2img_server.runtime.control.controls import ModelControls, NoControls
-from img2img_server.runtime.control.nets import ControlNet, ControlNets
+from img2img_server.runtime.control.nets import ControlNet, ControlNets, open_controlnet
 from img2img_server.runtime.diffusion.flux import Flux
 from img2img_server.runtime.diffusion.flux_2 import Flux2, Flux2Klein, FluxKontext
 from img2img_server.runtime.diffusion.inpainting import StableDiffusionInpainting, StableDiffusionXLInpainting
@@ -194,7 +194,7 @@ def _controlnet(components: Components, engine: str, device: str, controlnets: C
     """Opens a ControlNet, and adds it to `controlnets` by its model's id."""
     config = read_json(components.bundle / FAMILY / "config.json")
     parameters = _parameters(components.manifest, FAMILY)
-    net = ControlNet(components.controlnet(), config, engine, device, controlnets, parameters)
+    net = open_controlnet(components.controlnet(), config, engine, device, controlnets, parameters)
     net.owner = components.bundle
     if controlnets is not None:
         controlnets.add(components.bundle.absolute().name, net)
@@ -365,9 +365,10 @@ def _controls(
     if getattr(denoiser, "control", None) is None:
         part = next((part for part in manifest.components if part.name == family.denoiser_name), None)
         if part is not None and part.precision == "int8":
-            return NoControls("has no control graph: its UNet is in int8")
+            return NoControls(f"has no control graph: its {family.denoiser_name} is in int8")
         why = f" ({part.reason})" if part is not None and "no control" in part.reason.lower() else ""
-        return NoControls(f"has no control graph{why or ': export it again with this version of img2img'}")
+        how = "--control-graphs" if family.denoiser_name == "transformer" else "this version of img2img"
+        return NoControls(f"has no control graph{why or f': export it again with {how}'}")
     return ModelControls(controlnets, denoiser, int(pipe.vae_scale_factor), _parameters(manifest, family.denoiser_name))
 
 

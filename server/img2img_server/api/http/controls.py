@@ -7,6 +7,7 @@ from typing import Any
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server.api.controls import controls_from
+from img2img_server.bundle.controls import MODE
 from img2img_server.api.http.forms import shown
 from img2img_server.errors import InvalidField
 
@@ -52,6 +53,6 @@ def _control(element: Any, field: str) -> pb.Control:
                 raise TypeError
             setattr(holder, attribute, value)
         except (TypeError, ValueError, OverflowError):
-            expected = "a text" if holder is not control else "a number"
+            expected = "a text" if holder is not control else "an integer" if name == MODE else "a number"
             raise InvalidField(f"{field}.{name}", f"{shown(json.dumps(value))} is not {expected}") from None
     return control

@@ -339,9 +339,9 @@ FIELDS = (
         "controls",
         _put_controls,
         {"type": "string"},
-        "ControlNets of the server that the result follows: ID, ID:SCALE, ID:SCALE:START or ID:SCALE:START:END, several "
-        "separated by commas; or a JSON list of objects with model, image (an address), scale, start and end. The images of "
-        f"those without an address are sent as {IMAGES}. Default: none",
+        "ControlNets of the server that the result follows: ID, ID:SCALE, ID:SCALE:START, ID:SCALE:START:END or "
+        "ID:SCALE:START:END:MODE, several separated by commas; or a JSON list of objects with model, image (an address), scale, "
+        f"start, end and control_mode. The images of those without an address are sent as {IMAGES}. Default: none",
         True,
     ),
     FormField(

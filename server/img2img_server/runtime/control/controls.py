@@ -1,36 +1,39 @@
 """The control images of requests to one model: checked, and in each step the residuals of their ControlNets.
 
-The order of calls is that of StableDiffusionControlNetImg2ImgPipeline.__call__, with both halves of guided requests controlled.
+The order of calls is that of StableDiffusionControlNetImg2ImgPipeline.__call__, with both halves of guided requests controlled,
+and that of FluxControlNetImg2ImgPipeline.__call__.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from img2img_server.bundle.controls import is_residual
+from img2img_server.bundle.adapters import WITHOUT_ROWS
+from img2img_server.bundle.controls import MODE
 from img2img_server.engine.request import ControlUse, Request
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.common.device_copy import send
-from img2img_server.runtime.control.nets import ControlNet, ControlNets
+from img2img_server.runtime.control.nets import ControlNet, ControlNets, FluxControlNet, Inputs
+from img2img_server.runtime.control.residuals import Called, of_flux, of_unet
 from img2img_server.runtime.onnx.modules import OnnxDenoiser
-
-Inputs = Mapping[str, torch.Tensor]
-
-_SHARED = ("sample", "encoder_hidden_states", "text_embeds", "time_ids")
-"""The inputs that a ControlNet and its model's UNet both get."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Control:
-    """A control of a request: its ControlNet, its image [1, 3, H, W] from 0 to 1 on the device, and when it applies."""
+    """A control of a request: its ControlNet, its image on the device, and when it applies. The image is [1, 3, H, W], or for
+    nets that read latents [images, N, C]."""
 
     net: ControlNet
     image: torch.Tensor
     use: ControlUse
+
+    def images(self, rows: int) -> torch.Tensor:
+        """The image for each of its request's rows."""
+        return self.image if len(self.image) == rows else self.image.expand(rows, *self.image.shape[1:])
 
     def scale(self, step: int, step_count: int) -> float:
         """The scale of its residuals in a step, counted from 0; 0 if it does not apply."""
@@ -40,10 +43,16 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of a request in the UNet's call, and the controls that apply to them with their scales."""
+    """The rows of a request in the UNet's call, and the controls that apply to them with their scales. Of a guided request the
+    second half has the prompt, the first one the negative prompt."""
 
     rows: range
     controls: Sequence[tuple[Control, float]]
+    guided: bool = False
+
+    def of(self, net: ControlNet) -> range:
+        """The rows that a ControlNet applies to."""
+        return self.rows[len(self.rows) // 2 :] if self.guided and net.pools else self.rows
 
 
 class ModelControls:
@@ -65,9 +74,12 @@ class ModelControls:
     def check(self, request: Request) -> None:
         """Checks that the request's ControlNets fit this model, and opens the control graph. Raises InvalidField."""
         for index, use in enumerate(request.controls):
-            problem = self._problem(self._nets.get(use.model))
+            assert self._denoiser.control is not None, "the model has a control graph"
+            widths, config = self._denoiser.control.get().widths, self._denoiser.config
+            problem = self._nets.get(use.model).problem(widths, config, self._scale)
             if problem:
                 raise InvalidField(f"controls[{index}].model", f"ControlNet '{use.model}' does not fit this model: {problem}")
+            _check_mode(f"controls[{index}].{MODE}", use, self._nets.get(use.model).modes)
 
     def work(self, request: Request) -> float:
         """How many times longer a step takes with the request's controls, on average over its steps: a ControlNet takes time in
@@ -81,27 +93,22 @@ class ModelControls:
         controls = []
         for use in request.controls:
             pixels = np.asarray(use.image, np.float32).transpose(2, 0, 1)[None] / 255
-            controls.append(Control(self._nets.get(use.model), send(torch.from_numpy(pixels), device), use))
+            net = self._nets.get(use.model)
+            controls.append(Control(net, send(net.pixels(torch.from_numpy(pixels)), device), use))
         return tuple(controls)
 
     def residuals(self, parts: Sequence[Rows], inputs: Inputs) -> dict[str, torch.Tensor]:
-        """The control graph's further inputs for a call with the rows of `parts` and the UNet's `inputs`; empty if no control
+        """The control graph's further inputs for a call with the rows of `parts` and the denoiser's `inputs`; empty if no control
         applies. Each ControlNet is called once; the residuals of a row are summed in the order of its controls."""
-        found: dict[str, torch.Tensor] = {}
         total = sum(len(part.rows) for part in parts)
-        for order, index, values in sorted(self._calls(parts, total, inputs), key=lambda call: call[0]):
-            if not found and order == 0 and len(index) == total:
-                found = values  # every row, in order
-                continue
-            place = send(torch.tensor(index), next(iter(values.values())).device)
-            for name, value in values.items():
-                if name not in found:
-                    found[name] = value.new_zeros(total, *value.shape[1:])
-                found[name].index_add_(0, place, value)
-        return found
+        calls = sorted(self._calls(parts, total, inputs), key=lambda call: call.order)
+        config = self._denoiser.config
+        if any(isinstance(control.net, FluxControlNet) for part in parts for control, _ in part.controls):
+            return of_flux(calls, total, config["num_layers"], config["num_single_layers"])
+        return of_unet(calls, total)
 
-    def _calls(self, parts: Sequence[Rows], total: int, inputs: Inputs) -> list[tuple[int, list[int], dict[str, torch.Tensor]]]:
-        """Calls each ControlNet once. Returns its residuals by the order of the control in its request, with their rows."""
+    def _calls(self, parts: Sequence[Rows], total: int, inputs: Inputs) -> list[Called]:
+        """Calls each ControlNet once. Returns its residuals for each order of controls in requests."""
         groups: dict[ControlNet, list[tuple[int, Rows, Control, float]]] = {}
         for part in parts:
             for order, (control, scale) in enumerate(part.controls):
@@ -109,34 +116,34 @@ class ModelControls:
         made = []
         for net, group in groups.items():
             group.sort(key=lambda use: use[0])
-            index = [row for _, part, _, _ in group for row in part.rows]
-            scales = torch.tensor([scale for _, part, _, scale in group for _ in part.rows])
-            images = torch.cat([control.image.expand(len(part.rows), -1, -1, -1) for _, part, control, _ in group])
-            rows = send(torch.tensor(index), images.device)
-            own = inputs if index == list(range(total)) else {name: value[rows] for name, value in inputs.items()}
-            values = net(images, send(scales, images.device), own)
+            index = [row for _, part, _, _ in group for row in part.of(net)]
+            scales = torch.tensor([scale for _, part, _, scale in group for _ in part.of(net)])
+            modes = torch.tensor([control.use.mode or 0 for _, part, control, _ in group for _ in part.of(net)])
+            images = torch.cat([control.images(len(part.of(net))) for _, part, control, _ in group])
+            device = images.device
+            rows = send(torch.tensor(index), device)
+            own = inputs
+            if index != list(range(total)):
+                own = {name: value if name in WITHOUT_ROWS else value[rows] for name, value in inputs.items()}
+            values = net(images, send(modes, device), send(scales, device), own)
             start = 0
             for order in sorted({use[0] for use in group}):
-                mine = [row for use_order, part, _, _ in group if use_order == order for row in part.rows]
+                mine = [row for use_order, part, _, _ in group if use_order == order for row in part.of(net)]
                 piece = {name: value[start : start + len(mine)] for name, value in values.items()}
-                made.append((order, mine, piece))
+                made.append(Called(order, mine, piece, net.repeats))
                 start += len(mine)
         return made
 
-    def _problem(self, net: ControlNet) -> str:
-        """Why a ControlNet does not fit the model, or ""."""
-        assert self._denoiser.control is not None, "the model has a control graph"
-        wanted = self._denoiser.control.get().widths
-        if net.scale != self._scale:
-            return f"it has {net.scale} pixels for each latent, the model {self._scale}"
-        shared = [name for name in wanted if is_residual(name) or name in _SHARED]
-        for name in (*shared, *(name for name in net.widths if is_residual(name) or name in _SHARED)):
-            if net.widths.get(name) != wanted.get(name):
-                return (
-                    f"it is for another family or size: {name} has {net.widths.get(name, 0)} channels in the ControlNet "
-                    f"and {wanted.get(name, 0)} in the model"
-                )
-        return ""
+
+def _check_mode(field: str, use: ControlUse, modes: int | None) -> None:
+    """Raises InvalidField, naming `field`, for a mode that a ControlNet with this number of modes (None: no union) lacks."""
+    if modes is None and use.mode is not None:
+        raise InvalidField(field, f"ControlNet '{use.model}' is not a union, and reads images of one kind: leave it out")
+    if modes is not None and not (use.mode is not None and 0 <= use.mode < modes):
+        found = "is missing" if use.mode is None else f"is {use.mode}"
+        raise InvalidField(
+            field, f"it {found}: ControlNet '{use.model}' is a union, which reads images of the kinds 0 to {modes - 1}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from img2img_server.bundle.controls import IMAGE, SCALE
+from img2img_server.bundle.controls import FLUX_CLASS, IMAGE, MODE, SCALE, UNION_CLASS, is_residual
 from img2img_server.engine.request import Plan, Request
 from img2img_server.errors import BundleError, ModelNotLoaded
 from img2img_server.runtime.common.torch_calls import torch_call
@@ -17,8 +17,18 @@ from img2img_server.runtime.onnx.modules import Graph
 from img2img_server.support.model_fields import ModelFields
 from img2img_server.support.source_rule import STRETCHED, SourceRule
 
+Inputs = Mapping[str, torch.Tensor]
+"""Inputs of a denoiser's call, by name."""
+
 _NATIVE_LATENTS, _TOKENS = 8, 77
 """Height and width in latents of the trial image, and tokens of its text."""
+
+_SHARED = ("sample", "encoder_hidden_states", "text_embeds", "time_ids")
+"""The inputs that a ControlNet and its model's UNet both get."""
+_FLUX_SHARED = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
+"""Numbers that a ControlNet of Flux and its model's transformer have in common, of their config.json."""
+_FLUX_SCALE = 8
+"""Pixels of a latent of Flux on each side."""
 
 
 @dataclass(slots=True, eq=False)
@@ -32,7 +42,9 @@ class _Trial:
 
 class ControlNet:
     """A loaded ControlNet, whose graph is on `device`, with its config.json. `scale` is the number of pixels of a latent, on each
-    side; `widths` are the channels of its inputs and residuals, by name; `parameters` is the number of its weights.
+    side; `widths` are the channels of its inputs and residuals, by name; `parameters` is the number of its weights. `modes` is
+    the number of kinds of images that it reads, None if it is no union. If it `pools`, it applies to the prompt only, as in
+    diffusers.
 
     Implements the engine's Pipeline for the server's trial request, which calls it once. Clients' requests never run it by itself
     (api/parsing.py).
@@ -47,6 +59,8 @@ class ControlNet:
     owner: Any = None
     threads = 1
     """Of torch: the graph has its own."""
+    needed: frozenset[str] = frozenset({IMAGE, SCALE, "sample", "timestep", "encoder_hidden_states"})
+    """The inputs that its graph must have."""
 
     def __init__(
         self,
@@ -58,22 +72,55 @@ class ControlNet:
         parameters: float = 0.0,
     ) -> None:
         self.parameters = parameters
+        self.modes = self._modes(config)
+        self.pools = bool(config.get("global_pool_conditions"))
         self.engine = engine
         self.widths = graph.widths
-        self.scale = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
-        levels = len(config["down_block_types"]) - 1
-        self.size_multiple = self.scale * 2**levels
+        self.scale, self.size_multiple = self._sizes(config)
         self.native_size = (_NATIVE_LATENTS * self.scale, _NATIVE_LATENTS * self.scale)
         self._graph = graph
+        self._config = config
         self._nets = nets
         self._device = torch.device(device)
-        if missing := {IMAGE, SCALE, "sample", "timestep", "encoder_hidden_states"} - graph.input_types.keys():
+        if missing := (self.needed | ({MODE} if self.modes is not None else set())) - graph.input_types.keys():
             raise BundleError(f"the ControlNet's graph has no input {min(missing)}: export it again")
 
-    def __call__(self, images: torch.Tensor, scales: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The residuals by name, each [rows, C, h, w], for control images [rows, 3, H, W] from 0 to 1, their scales [rows], and
-        the `inputs` of the UNet's call."""
-        return self._graph(**inputs, **{IMAGE: images, SCALE: scales})
+    def __call__(
+        self, images: torch.Tensor, modes: torch.Tensor, scales: torch.Tensor, inputs: Inputs
+    ) -> dict[str, torch.Tensor]:
+        """The residuals by name, each [rows, C, h, w], for control images as `pixels` has them, [rows, 3, H, W], their kinds
+        [rows], which only unions read, their scales [rows], and the `inputs` of the denoiser's call."""
+        return self._graph(**inputs, **{IMAGE: images, MODE: modes, SCALE: scales})
+
+    @property
+    def repeats(self) -> bool:
+        """Whether blocks of Flux's transformer use its samples in turns."""
+        return False
+
+    def pixels(self, image: torch.Tensor) -> torch.Tensor:
+        """What the ControlNet reads of an image whose values are from 0 to 1."""
+        return image
+
+    def problem(self, widths: Mapping[str, int], config: Mapping[str, Any], scale: int) -> str:
+        """Why the ControlNet does not fit a model, or "". `widths` are those of its control graph, `config` is its denoiser's
+        config.json, and `scale` the number of pixels of a latent, on each side."""
+        if self.scale != scale:
+            return f"it has {self.scale} pixels for each latent, the model {scale}"
+        for name in (*widths, *self.widths):
+            if (is_residual(name) or name in _SHARED) and self.widths.get(name) != widths.get(name):
+                return (
+                    f"it is for another family or size: {name} has {self.widths.get(name, 0)} channels in the ControlNet "
+                    f"and {widths.get(name, 0)} in the model"
+                )
+        return ""
+
+    def _modes(self, config: Mapping[str, Any]) -> int | None:
+        return config["num_control_type"] if config.get("_class_name") == UNION_CLASS else None
+
+    def _sizes(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """The number of pixels of a latent, and the number of which a side of an image is a multiple."""
+        scale = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+        return scale, scale * 2 ** (len(config["down_block_types"]) - 1)
 
     def plan(self, request: Request) -> Plan:
         """Plans a trial request."""
@@ -91,13 +138,19 @@ class ControlNet:
         shapes: dict[str, tuple[int, ...]] = {
             name: (1, self.widths[name]) if name in self.widths else (1,) for name in self._graph.input_types
         }
-        shapes["sample"] = (1, self.widths["sample"], height // self.scale, width // self.scale)
         shapes["encoder_hidden_states"] = (1, _TOKENS, self.widths["encoder_hidden_states"])
-        shapes[IMAGE] = (1, self.widths[IMAGE], height, width)
+        shapes |= self._trial_shapes(width, height)
         found = self._graph(**{name: torch.zeros(shape, device=self._device) for name, shape in shapes.items()})
         if not all(bool(torch.isfinite(value).all()) for value in found.values()):
             raise FloatingPointError("the ControlNet's residuals have values that are not finite")
         return [None] * len(states)
+
+    def _trial_shapes(self, width: int, height: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the inputs whose sizes depend on that of the trial's image."""
+        return {
+            "sample": (1, self.widths["sample"], height // self.scale, width // self.scale),
+            IMAGE: (1, self.widths[IMAGE], height, width),
+        }
 
     def advance(self, states: Sequence[_Trial], noises: Sequence[None]) -> None:
         """Ends the only step."""
@@ -123,6 +176,65 @@ class ControlNet:
         if self._nets is not None:
             self._nets.remove(self)
         self._graph.close()
+
+
+class FluxControlNet(ControlNet):
+    """A ControlNet of Flux. If it `reads_latents`, its control images are packed latents of the model's VAE, [rows, N, C]."""
+
+    needed = frozenset({IMAGE, SCALE, "hidden_states", "timestep", "encoder_hidden_states", "pooled_projections"})
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether the control images are latents (InstantX') and not pixels (XLabs')."""
+        return self._config.get("conditioning_embedding_channels") is None
+
+    @property
+    def repeats(self) -> bool:
+        """As diffusers has it for those that read pixels."""
+        return not self.reads_latents
+
+    def pixels(self, image: torch.Tensor) -> torch.Tensor:
+        """The image with values from -1 to 1."""
+        return 2 * image - 1
+
+    def problem(self, widths: Mapping[str, int], config: Mapping[str, Any], scale: int) -> str:
+        """Why the ControlNet does not fit the model, or ""."""
+        if config.get("_class_name") != "FluxTransformer2DModel":
+            return "it is for Flux"
+        if scale != _FLUX_SCALE:
+            return f"it has {_FLUX_SCALE} pixels for each latent, the model {scale}"
+        numbers = [(name, self._config[name], config[name]) for name in _FLUX_SHARED]
+        numbers.append(("the width of blocks", _width(self._config), _width(config)))
+        for name, own, other in numbers:
+            if own != other:
+                return f"it is for another size: {name} is {own} in the ControlNet and {other} in the model"
+        return ""
+
+    def _modes(self, config: Mapping[str, Any]) -> int | None:
+        modes: int | None = config.get("num_mode")
+        return modes
+
+    def _sizes(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return _FLUX_SCALE, 2 * _FLUX_SCALE
+
+    def _trial_shapes(self, width: int, height: int) -> dict[str, tuple[int, ...]]:
+        tokens = (height // self.size_multiple) * (width // self.size_multiple)
+        channels = self.widths["hidden_states"]
+        image = (1, tokens, channels) if self.reads_latents else (1, 3, height, width)
+        return {"hidden_states": (1, tokens, channels), "txt_ids": (_TOKENS, 3), "img_ids": (tokens, 3), IMAGE: image}
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    """The number of features of a token within the blocks of a transformer."""
+    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+
+def open_controlnet(
+    graph: Graph, config: Mapping[str, Any], engine: str, device: str, nets: "ControlNets | None", parameters: float
+) -> ControlNet:
+    """The ControlNet of a graph with this config.json. Raises BundleError."""
+    kind = FluxControlNet if config.get("_class_name") == FLUX_CLASS else ControlNet
+    return kind(graph, config, engine, device, nets, parameters)
 
 
 class ControlNets:

@@ -99,6 +99,11 @@ class Encoder:
         pairs = zip(request.references, digests, strict=True)
         return self._images([(request.cache_scope, image, digest) for image, digest in pairs])
 
+    def control_images(self, request: Request, indices: Sequence[int]) -> list[SimpleNamespace]:
+        """The output of the VAE's encoder for these control images of the request."""
+        uses = [request.controls[index] for index in indices]
+        return self._images([(request.cache_scope, use.image, use.image_digest) for use in uses], "control")
+
     def masked_images(self, requests: Sequence[Request], masks: Sequence[Mask]) -> list[SimpleNamespace]:
         """Like `images`, of the images without what their masks have redrawn."""
         wanted = []

@@ -4,12 +4,16 @@ Latents are packed for the transformer only: two by two become a token. Its posi
 one size.
 """
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from img2img_server.engine.request import Request
 from img2img_server.runtime.common.device_copy import send
+from img2img_server.runtime.control.controls import Control
+from img2img_server.runtime.control.nets import FluxControlNet
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3
 from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
@@ -24,6 +28,7 @@ class Flux(StableDiffusion3):
 
     scheduler_cache = FluxSchedulers
     ignored_fields = frozenset({"negative_prompt", "true_cfg_scale"})
+    takes_controls = True
     _ids: dict[tuple[int, ...], Conditioning]
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -44,8 +49,7 @@ class Flux(StableDiffusion3):
         return Embedding.split(hidden_states, pooled)
 
     def _more_conditioning(self, pipe: Any, request: Request, latents: torch.Tensor) -> Conditioning:
-        if not self._denoiser.config.guidance_embeds:
-            return {}
+        # For ControlNets, if not for the transformer.
         return {"guidance": torch.full((len(latents),), request.guidance_scale, device=latents.device)}
 
     def _first_latents(
@@ -60,12 +64,30 @@ class Flux(StableDiffusion3):
         return latents
 
     def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        if not self._denoiser.config.guidance_embeds:
+            conditioning.pop("guidance")
+        return self._control_inputs(samples, timesteps, conditioning)
+
+    def _control_inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> Conditioning:
         return {
             "hidden_states": self._pipe._pack_latents(samples, *samples.shape),
             "timestep": timesteps.to(samples.dtype) / 1000,
             **conditioning,
             **self._positions(samples, conditioning["encoder_hidden_states"].shape[1]),
         }
+
+    def _read_controls(
+        self, request: Request, controls: tuple[Control, ...], generators: list[torch.Generator]
+    ) -> tuple[Control, ...]:
+        """Encodes the images of the ControlNets that read latents. Each image of the result draws its own."""
+        found, vae = list(controls), self._pipe.vae
+        indices = [i for i, own in enumerate(controls) if isinstance(own.net, FluxControlNet) and own.net.reads_latents]
+        outputs = self._encoder.control_images(request, indices) if indices else []
+        for index, output in zip(indices, outputs, strict=True):
+            drawn = [_latents(output, generator) for generator in generators]
+            latents = (torch.cat(drawn) - vae.config.shift_factor) * vae.config.scaling_factor
+            found[index] = replace(controls[index], image=self._pipe._pack_latents(latents, *latents.shape))
+        return tuple(found)
 
     def _noise(self, output: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         factor = self._pipe.vae_scale_factor
@@ -83,3 +105,9 @@ class Flux(StableDiffusion3):
             text = torch.zeros(tokens, 3, device=samples.device, dtype=samples.dtype)
             self._ids[key] = {"txt_ids": text, "img_ids": send(image, samples.device)}
         return self._ids[key]
+
+
+def _latents(output: SimpleNamespace, generator: torch.Generator) -> torch.Tensor:
+    """Latents [1, C, h, w] of the output of a VAE's encoder, drawn if it is a distribution."""
+    latents: torch.Tensor = output.latent_dist.sample(generator) if hasattr(output, "latent_dist") else output.latents
+    return latents

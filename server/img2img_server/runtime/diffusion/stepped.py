@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from img2img_server.bundle.controls import DOWN
+from img2img_server.bundle.controls import DOWN, SAMPLES
 from img2img_server.bundle.speedups import NONE, Speedups
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Plan, Request
@@ -26,7 +26,7 @@ from img2img_server.runtime.common.request_fields import request_fields
 from img2img_server.runtime.common.sources import source_rule
 from img2img_server.runtime.common.torch_calls import host_call, torch_call
 from img2img_server.runtime.common.truncation import Truncation
-from img2img_server.runtime.control.controls import ModelControls, NoControls, Rows
+from img2img_server.runtime.control.controls import Control, ModelControls, NoControls, Rows
 from img2img_server.runtime.diffusion import preview
 from img2img_server.runtime.diffusion.conditioning import Embedding, Encoder
 from img2img_server.runtime.diffusion.masking import Blend, kept_latents, mask_latents, replace_kept
@@ -155,9 +155,10 @@ class SteppedPipeline(ABC):
             controls = [self._controls.of(request, self._device) for request in requests]
             embeddings = self._embed(requests, choices)
             images = self._images(requests)
-            states = [self._begin(*parts) for parts in zip(requests, scheduled, embeddings, images, strict=True)]
-        for state, choice, own in zip(states, choices, controls, strict=True):
-            state.choice, state.controls = choice, own
+            parts = zip(requests, scheduled, embeddings, images, controls, strict=True)
+            states = [self._begin(*own) for own in parts]
+        for state, choice in zip(states, choices, strict=True):
+            state.choice = choice
         return states
 
     @torch_call
@@ -174,7 +175,7 @@ class SteppedPipeline(ABC):
             wanted = torch.empty_like(joined_samples, dtype=self._types.get("sample", joined_samples.dtype))
             joined_samples = torch.mul(joined_samples, numbers.scales[:, None, None, None], out=wanted)
         conditioning = self._joined.get(states)
-        residuals = self._residuals(states, {"sample": joined_samples, "timestep": numbers.timesteps, **conditioning})
+        residuals = self._residuals(states, joined_samples, numbers.timesteps, conditioning)
         inputs = self._inputs(joined_samples, numbers.timesteps, conditioning)
         with adapting([self._denoiser], [state.choice for state in states for _ in range(state.rows)]):
             if keepers := [state for state in states if state.speedup is not None and state.speedup.keeps_features]:
@@ -230,16 +231,18 @@ class SteppedPipeline(ABC):
         _, features = self._denoiser.predict_with_features(**inputs)
         self._denoiser.predict_light(features, **inputs)
 
-    def _residuals(self, states: Sequence[DiffusionState], inputs: Conditioning) -> dict[str, Any]:
-        """The denoiser's arguments for the controls that apply to the states' next step, of the `inputs` of the call."""
+    def _residuals(
+        self, states: Sequence[DiffusionState], samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> dict[str, Any]:
+        """The denoiser's arguments for the controls that apply to the states' next step."""
         if not isinstance(self._controls, ModelControls) or not any(state.controls for state in states):
             return {}
         parts, start = [], 0
         for state in states:
-            parts.append(Rows(range(start, start + state.rows), state.applying))
+            parts.append(Rows(range(start, start + state.rows), state.applying, state.has_two))
             start += state.rows
-        residuals = self._controls.residuals(parts, inputs)
-        return {DOWN: residuals} if residuals else {}
+        residuals = self._controls.residuals(parts, self._control_inputs(samples, timesteps, dict(conditioning)))
+        return {SAMPLES if SAMPLES in residuals else DOWN: residuals} if residuals else {}
 
     def mark(self) -> Callable[[], None] | None:
         """On CUDA, a function that waits for the device: `prepare`, `denoise` and `advance` only submit their work there."""
@@ -327,11 +330,13 @@ class SteppedPipeline(ABC):
         scheduled: tuple[CachedScheduler, Chosen],
         embeddings: dict[str, Embedding],
         image: SimpleNamespace,
+        controls: tuple[Control, ...],
     ) -> DiffusionState:
         cached_scheduler, chosen = scheduled
         count = len(request.seeds)
         positive, negative = self._embeddings(request, embeddings)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+        controls = self._read_controls(request, controls, generators)
         noising = _Noising(cached_scheduler.scheduler)
         pipe = view_of(self._pipe, scheduler=noising, vae=Encoded(self._pipe.vae, image))
         latents = self._first_latents(
@@ -366,6 +371,7 @@ class SteppedPipeline(ABC):
             blend=blend,
             speedup=chosen.speedup,
             light=chosen.light,
+            controls=controls,
         )
         if cached_scheduler.schedule is not None:
             state.trajectory = Trajectory(cached_scheduler.schedule, generators)
@@ -385,6 +391,16 @@ class SteppedPipeline(ABC):
     @abstractmethod
     def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """The arguments of the denoiser's forward for `samples` [R, C, h, w] at `timesteps` [R]. It may change `conditioning`."""
+
+    def _control_inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> Conditioning:
+        """The inputs of ControlNets, by name, for a call of the denoiser as of `_inputs`."""
+        return {"sample": samples, "timestep": timesteps, **conditioning}
+
+    def _read_controls(
+        self, request: Request, controls: tuple[Control, ...], generators: list[torch.Generator]
+    ) -> tuple[Control, ...]:
+        """The controls with what their ControlNets read of the images. It may draw from the `generators`, before all else."""
+        return controls
 
     @abstractmethod
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:

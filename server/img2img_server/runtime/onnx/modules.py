@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import torch
 
-from img2img_server.bundle.controls import DOWN, MID
+from img2img_server.bundle.controls import DOWN, MID, SAMPLES
 from img2img_server.bundle.speedups import FEATURES
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common.device_copy import send
@@ -216,7 +216,7 @@ class OnnxDenoiser(OnnxModule):
 
     def _graph_for(self, tensors: Mapping[str, torch.Tensor]) -> Graph:
         """The graph that takes these inputs."""
-        return self.control.get() if self.control is not None and MID in tensors else self._graph
+        return self.control.get() if self.control is not None and (MID in tensors or SAMPLES in tensors) else self._graph
 
     def _tensors(self, bound: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The graph's inputs for arguments of `forward`."""
