@@ -7,8 +7,8 @@ from typing import Any
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server.api.controls import controls_from
-from img2img_server.bundle.controls import MODE
 from img2img_server.api.http.forms import shown
+from img2img_server.bundle.controls import MODE
 from img2img_server.errors import InvalidField
 
 IMAGES = "control_image"
