@@ -422,7 +422,7 @@ def test_requests_with_other_controls_share_a_server(client: Client, oracle: Cal
 def test_controls_over_http_draw_what_grpc_draws(server: RunningServer, client: Client) -> None:
     """As a short text with files, and as JSON with addresses, files or both."""
     mix = MIXES[5]
-    wanted = [Control(letter, image_of(letter), *numbers) for letter, *numbers in mix]
+    wanted = [Control(use[0], image_of(use[0]), use[1], use[2], use[3]) for use in mix]
     expected = client.transform(sample_image(64, 64), seed=5, controls=wanted, **SETTINGS).images[0].image
     files = [png_of(image_of(letter)) for letter, *_ in mix]
     addresses = [f"data:image/png;base64,{base64.b64encode(file).decode()}" for file in files]
@@ -470,7 +470,7 @@ def png_of(image: Image.Image) -> bytes:
 def test_recorded_controls_reproduce_the_image(client: Client) -> None:
     """With the recorded options, in which there are no images."""
     mix = MIXES[5]
-    wanted = [Control(letter, image_of(letter), *numbers) for letter, *numbers in mix]
+    wanted = [Control(use[0], image_of(use[0]), use[1], use[2], use[3]) for use in mix]
     first = client.transform(sample_image(64, 64), seed=5, controls=wanted, **SETTINGS).images[0]
     record = read_provenance(first.data) or {}
     options = recorded_options(record)
