@@ -10,12 +10,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from email.message import Message
 from pathlib import Path
 from typing import Any, Self
 
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from fakes import FakePipeline, FakeState
+from img2img_server.bundle.controls import FAMILY
 from img2img_server.config import LoraFolder
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.models.registry import Model, ModelRegistry
@@ -28,6 +30,7 @@ from running import RunningServer, manifest, running
 REPOSITORY = Path(__file__).resolve().parents[1]
 IMAGE = REPOSITORY / "demo" / "images" / "noon-lake.png"
 LORAS = ("detail", "ghibli 'style'")
+CONTROLNETS = ("depth", "edges")
 PATIENCE = 60.0
 """Seconds that a busy machine may take for what takes none."""
 
@@ -81,7 +84,7 @@ class InvertingPipeline(FakePipeline):
         self.before["denoise"] = gate.pass_one
         self.native_size = (128, 128)  # IMAGE's
         self.source_rule = SourceRule(mask="optional")
-        self.fields = {**GUIDED, "reference_images": FieldRule(), "loras": FieldRule()}
+        self.fields = {**GUIDED, "reference_images": FieldRule(), "loras": FieldRule(), "controls": FieldRule()}
         self.let_go = threading.Semaphore(0)
 
     def finish(self, states: Sequence[FakeState]) -> Sequence[Sequence[Image.Image]]:
@@ -122,10 +125,11 @@ class Stand:
         self.port = server.port
 
     def _models(self) -> ModelRegistry:
-        """One that runs, one that is not in memory, one that cannot be loaded."""
+        """One that runs, one that is not in memory, one that cannot be loaded, and two ControlNets."""
         there = [Model("m", manifest("acme/m"), self.pipeline), Model("asleep", manifest("acme/asleep"))]
         broken = Model("broken", problem="a secret of the server's", detail="its file is cut short")
-        return ModelRegistry([*there, broken], default="m")
+        nets = [Model(name, replace(manifest(f"acme/{name}"), family=FAMILY), FakePipeline()) for name in CONTROLNETS]
+        return ModelRegistry([*there, broken, *nets], default="m")
 
     def down(self) -> None:
         self.gate.open()

@@ -101,6 +101,11 @@ def _add_image_routes(app: FastAPI, sessions: Sessions) -> None:
         session = find(key)
         session.add_reference(await _body(request), _file_name(request))
 
+    @app.put("/tabs/{key}/controls", status_code=204)
+    async def add_control(key: str, request: Request) -> None:
+        session = find(key)
+        session.add_control(await _body(request), _file_name(request))
+
     @app.put("/tabs/{key}/mask")
     async def set_mask(key: str, request: Request) -> Response:
         session = find(key)

@@ -1,7 +1,10 @@
-"""The images of a request beside its source: a mask, and references."""
+"""The images of a request beside its source: a mask, references, and control images."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from img2img_client import Control
 
 from img2img_playground.images import ImageFile
 
@@ -11,21 +14,42 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlImage:
+    """An image for the ControlNet `model`, the factor of its effect, and the part of the steps that it applies to."""
+
+    DEFAULTS: ClassVar[Mapping[str, float]] = {"scale": 1.0, "start": 0.0, "end": 1.0}
+
+    image: ImageFile
+    model: str
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Extras:
-    """`mask` says what to redraw: white is redrawn, black is kept. `references` are images to edit by."""
+    """`mask` says what to redraw: white is redrawn, black is kept. `references` are images to edit by, `controls` images that the
+    result follows."""
 
     mask: ImageFile | None = None
     references: tuple[ImageFile, ...] = ()
+    controls: tuple[ControlImage, ...] = ()
 
     @property
     def images(self) -> tuple[ImageFile, ...]:
         """All of them."""
-        return self.references if self.mask is None else (self.mask, *self.references)
+        masks = () if self.mask is None else (self.mask,)
+        return (*masks, *self.references, *(control.image for control in self.controls))
 
     def fitted(self, model: "ModelInfo | None") -> Self:
         """Without the images that the model does not take, which the server would refuse."""
         mask = self.mask if takes_mask(model) else None
-        return replace(self, mask=mask, references=self.references[: most_references(model, mask is not None)])
+        return replace(
+            self,
+            mask=mask,
+            references=self.references[: most_references(model, mask is not None)],
+            controls=self.controls[: most_controls(model)],
+        )
 
     @property
     def given(self) -> frozenset[str]:
@@ -39,6 +63,8 @@ class Extras:
             options["mask"] = self.mask.data
         if self.references:
             options["reference_images"] = [image.data for image in self.references]
+        if self.controls:
+            options["controls"] = [Control(one.model, one.image.data, one.scale, one.start, one.end) for one in self.controls]
         return options
 
     def names(self) -> dict[str, object]:
@@ -48,6 +74,8 @@ class Extras:
             names["mask"] = self.mask.name
         if self.references:
             names["reference_images"] = [image.name for image in self.references]
+        if self.controls:
+            names["controls"] = [Control(one.model, one.image.name, one.scale, one.start, one.end) for one in self.controls]
         return names
 
 
@@ -63,3 +91,9 @@ def most_references(model: "ModelInfo | None", masked: bool) -> int:
     """The maximum number of references that the model is known to take, with or without a mask."""
     field = None if model is None else model.field("reference_images")
     return 0 if field is None or (field.needs == "mask" and not masked) else field.max_count
+
+
+def most_controls(model: "ModelInfo | None") -> int:
+    """The maximum number of control images that the model is known to take."""
+    field = None if model is None else model.field("controls")
+    return 0 if field is None else field.max_count

@@ -1,10 +1,10 @@
-// Accepts an image by drop (anywhere on the page), paste or file choice, and uploads the file to the playground's server, which
+// Accepts an image by drop (anywhere on the page, or on its button), paste or file choice, and uploads the file to the playground's server, which
 // validates it. Only too large files are refused here.
 export default {
   props: { url: String, accept: String, mostBytes: Number, compact: Boolean, hint: String, label: String, everywhere: Boolean },
   emits: ["refused"],
   data() {
-    return { over: false, sending: false };
+    return { over: false, near: false, sending: false };
   },
   mounted() {
     this.listeners = this.everywhere ? {
@@ -24,8 +24,19 @@ export default {
       event.preventDefault();
       this.over = over;
     },
+    hover(event, near) {
+      if (this.everywhere || !event.dataTransfer?.types.includes("Files")) return;
+      event.preventDefault();
+      this.near = near;
+    },
+    dropHere(event) {
+      if (this.everywhere) return;
+      this.near = false;
+      this.drop(event);
+    },
     drop(event) {
       this.over = false;
+      if (event.defaultPrevented) return; // Another picker took it.
       if (!event.dataTransfer?.types.includes("Files")) return;
       event.preventDefault();
       this.send(event.dataTransfer.files[0]);
@@ -55,7 +66,8 @@ export default {
     },
   },
   template: `
-    <div class="picker" :class="{ compact, over, sending }">
+    <div class="picker" :class="{ compact, over, near, sending }"
+      @dragover="hover($event, true)" @dragleave="hover($event, false)" @drop="dropHere">
       <input ref="file" type="file" :accept="accept" @change="choose" hidden />
       <button type="button" class="picker-button" @click="$refs.file.click()">
         <span class="picker-icon material-icons" aria-hidden="true">{{ compact && everywhere ? "swap_horiz" : "add_photo_alternate" }}</span>

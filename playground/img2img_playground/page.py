@@ -3,6 +3,7 @@
 from nicegui import ui
 
 from img2img_playground.code_dialog import CodeDialog
+from img2img_playground.control_list import ControlList
 from img2img_playground.controls import Controls
 from img2img_playground.failures import Failure
 from img2img_playground.gallery import Gallery
@@ -42,6 +43,14 @@ class Page:
                             f"{tab}/references", self._address, self._refused, session.remove_reference
                         )
                         self._controls = Controls(self._change, session.start, watch.refresh)
+                        self._control_images = ControlList(
+                            f"{tab}/controls",
+                            self._address,
+                            self._refused,
+                            session.change_control,
+                            session.remove_control,
+                            watch.refresh,
+                        )
                         self._code_button = ui.button("Python for these settings", icon="code", on_click=self._show_settings_code)
                         self._code_button.props("flat dense no-caps").classes("code-button")
                     self._bar = RunBar(session.start, session.cancel)
@@ -63,11 +72,12 @@ class Page:
     def show(self) -> None:
         """Updates all parts; only changes are sent to the browser."""
         session, state = self._session, self._watch.state
-        session.model = model_of(session.settings, state.models)
+        session.model, session.controlnets = model_of(session.settings, state.models), state.controlnets
         if session.settings == Settings():
             session.settings = session.settings.followed(None, session.model)
         self._stage.show(session)
         self._references.show(session)
+        self._control_images.show(session)
         self._controls.show(session.settings, state, session.failure, session.extras.fitted(session.model).given)
         self._bar.show(session.run, ready=session.source is not None)
         self._gallery.show(session.history, session.shown)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from img2img_client.errors import Img2ImgError
 from img2img_client.values import Completed, Progress, Queued, Started, TransformEvent, TransformResult
 
-from img2img_playground.extras import NO_EXTRAS, Extras, most_references
+from img2img_playground.extras import NO_EXTRAS, ControlImage, Extras, most_controls, most_references
 from img2img_playground.failures import Failure, explain
 from img2img_playground.history import Entry, History
 from img2img_playground.images import ImageFile, UnusableImage, read_image, read_settings, reduce
@@ -57,7 +57,8 @@ class Notice:
 class Session:
     """The state of a tab. Must be used on the event loop only.
 
-    `model` is the server's description of the model that the settings choose, None if it is not known.
+    `model` is the server's description of the model that the settings choose, None if it is not known, and `controlnets` are the
+    ids of the server's ControlNets.
     `open_client` creates the tab's client, which reports retries to its argument. Listeners are called after each change.
     """
 
@@ -65,6 +66,7 @@ class Session:
         self.key = secrets.token_urlsafe(16)
         self.settings = Settings()
         self.model: ModelInfo | None = None
+        self.controlnets: tuple[str, ...] = ()
         self.source: ImageFile | None = None
         self.extras = NO_EXTRAS
         self.run: Run | None = None
@@ -135,6 +137,32 @@ class Session:
         """Removes one of the references."""
         self.extras = replace(self.extras, references=tuple(kept for kept in self.extras.references if kept is not image))
         self._mend("reference_images")
+
+    def add_control(self, data: bytes, name: str) -> None:
+        """Adds a file to the control images, for the ControlNet of the last one or the server's first; shows a failure if it
+        cannot be used."""
+        try:
+            image = read_image(data, name)
+        except UnusableImage as error:
+            self.fail(Failure("The image cannot be used as a control image.", str(error), "controls"))
+            return
+        controls = self.extras.controls
+        if len(controls) < most_controls(self.model) and (known := (*(one.model for one in controls[-1:]), *self.controlnets)):
+            self.extras = replace(self.extras, controls=(*controls, ControlImage(image, known[0])))
+            self._mend("controls")
+
+    def change_control(self, control: ControlImage) -> None:
+        """Replaces the control of the same image. Listeners are called only to remove a failure, since the change comes from the
+        page."""
+        controls = tuple(control if one.image is control.image else one for one in self.extras.controls)
+        self.extras = replace(self.extras, controls=controls)
+        if self.failure is not None and self.failure.field == "controls":
+            self._mend("controls")
+
+    def remove_control(self, image: ImageFile) -> None:
+        """Removes the control of an image."""
+        self.extras = replace(self.extras, controls=tuple(one for one in self.extras.controls if one.image is not image))
+        self._mend("controls")
 
     def _mend(self, field: str) -> None:
         if self.failure is not None and self.failure.field == field:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from img2img_client import Control
+
 from img2img_playground.settings import Settings
 
 
@@ -33,7 +35,8 @@ def python_code(
 
     `files` are options that name files.
     """
-    imports = ["from img2img_client import Client"]
+    options = {**settings.options(), **(files or {})}
+    imports = [f"from img2img_client import Client{', Control' if 'controls' in options else ''}"]
     arguments = [literal(connection.target)]
     if connection.token_file is not None:
         imports.insert(0, "from pathlib import Path\n")
@@ -57,7 +60,7 @@ def python_code(
         f"with Client({', '.join(arguments)}) as client:",
         "    result = client.transform(",
         f"        {literal(source)},",
-        *(f"        {name}={literal(value)}," for name, value in {**settings.options(), **(files or {})}.items()),
+        *(f"        {name}={literal(value)}," for name, value in options.items()),
         "    )",
         *_save(output, settings),
     ]
@@ -76,6 +79,10 @@ def _save(output: str, settings: Settings) -> list[str]:
 
 def literal(value: object) -> str:
     """A value as a Python literal; strings in double quotes, on one line."""
+    if isinstance(value, Control):
+        numbers = {"scale": value.scale, "start": value.start, "end": value.end}
+        named = ", ".join(f"{name}={number!r}" for name, number in numbers.items())
+        return f"Control({literal(value.model)}, {literal(value.image)}, {named})"
     if isinstance(value, list):
         return f"[{', '.join(literal(item) for item in value)}]"
     if isinstance(value, dict):

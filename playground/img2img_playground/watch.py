@@ -35,6 +35,11 @@ class ServerState:
     loras: tuple[str, ...] = ()
     """The ids of the LoRAs, if a model takes some."""
 
+    @property
+    def controlnets(self) -> tuple[str, ...]:
+        """The ids of the ControlNets that did not fail."""
+        return tuple(model.id for model in self.models if model.family == "controlnet" and model.state != "failed")
+
 
 class ServerWatch:
     """Follows the server with `client`, which does not retry, and calls listeners after changes.

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
-from playing import IMAGE, LORAS, Stand, Visitor
+from playing import CONTROLNETS, IMAGE, LORAS, Stand, Visitor
 from playwright.async_api import Route, expect
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 WIDTHS = (390, 768, 1366)
+CHOSEN = CONTROLNETS[1]
+"""The ControlNet below the first one in the list."""
 
 
 async def _size(visitor: Visitor, selector: str = ".stage-image .after") -> tuple[int, int]:
@@ -384,6 +386,73 @@ async def test_loras_are_chosen_with_scales_and_kept_with_the_result(visitor: Vi
     await expect(visitor.page.locator(".code-words")).to_contain_text(f'loras={{"{LORAS[0]}": 1.0, "{LORAS[1]}": -0.5}}')
 
 
+async def test_control_images_have_a_controlnet_and_numbers_and_are_kept_with_the_result(visitor: Visitor, stand: Stand) -> None:
+    await visitor.see("Server's default (m)")
+    await visitor.choose()
+    page, files = visitor.page, visitor.page.locator(".control-images input[type=file]")
+    rows = page.locator(".control-row")
+    for count in range(1, 5):
+        await files.set_input_files(IMAGE)
+        await expect(rows).to_have_count(count)
+    await expect(visitor.button("Add a control image")).to_be_hidden()
+    for count in (3, 2):
+        await rows.last.get_by_role("button", name="Remove noon-lake.png").press("Enter")
+        await expect(rows).to_have_count(count)
+    nets = rows.last.get_by_role("combobox", name="ControlNet")
+    await nets.focus()
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("option")).to_have_text(list(CONTROLNETS))
+    await page.keyboard.press("ArrowDown")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("option")).to_have_count(0)
+    await rows.last.get_by_role("slider", name="Scale").locator("[tabindex]").press("ArrowRight")
+    await expect(rows.last.get_by_role("spinbutton", name="Scale")).to_have_value("1.05")
+    for name, number in (("Scale", "1.5"), ("Start", "0.25"), ("End", "0.75")):
+        await rows.last.get_by_role("spinbutton", name=name, exact=True).fill(number)
+    stand.pipeline.forget()
+    await visitor.transform()
+    (state,) = stand.pipeline.released
+    found = [(use.model, use.scale, use.start, use.end) for use in state.request.controls]
+    assert found == [("depth", 1.0, 0.0, 1.0), (CHOSEN, 1.5, 0.25, 0.75)]
+    await rows.last.get_by_role("spinbutton", name="Start", exact=True).fill("1")
+    await visitor.button("Transform").click()
+    await visitor.see("controls[1].start: 1 is not in 0 to 1, below 1")
+    await expect(rows.first.locator(".q-field--error")).to_have_count(0)
+    await expect(rows.last.locator(".q-field--error")).not_to_have_count(0)
+    await rows.last.get_by_role("spinbutton", name="Start", exact=True).fill("0")
+    await expect(page.get_by_role("alert")).to_be_hidden()
+    await rows.first.get_by_role("button", name="Remove noon-lake.png").click()
+    await expect(rows).to_have_count(1)
+    await page.locator(".history-entry").click()
+    await expect(rows).to_have_count(2)
+    await expect(rows.last.get_by_role("spinbutton", name="Start", exact=True)).to_have_value("0.25")
+    await expect(rows.last.get_by_role("combobox", name="ControlNet")).to_have_value(CHOSEN)
+    await visitor.button("Python program").click()
+    words = f'controls=[Control("depth", "noon-lake.png", scale=1.0, start=0.0, end=1.0), Control("{CHOSEN}", '
+    await expect(page.locator(".code-words")).to_contain_text(words)
+
+
+async def test_a_control_image_is_dropped_on_its_button(visitor: Visitor) -> None:
+    """And does not become the source, which is what is dropped elsewhere."""
+    await visitor.see("Server's default (m)")
+    await visitor.choose()
+    picker = visitor.page.locator(".control-images .picker")
+    await picker.evaluate(
+        """(picker, bytes) => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([new Uint8Array(bytes)], "edges.png", { type: "image/png" }));
+            for (const kind of ["dragover", "drop"])
+                picker.dispatchEvent(new DragEvent(kind, { dataTransfer: transfer, bubbles: true, cancelable: true }));
+        }""",
+        list(IMAGE.read_bytes()),
+    )
+    await expect(visitor.page.get_by_role("group", name="Control image edges.png")).to_have_count(1)
+    await expect(visitor.page.locator(".picker-veil")).to_have_count(0)
+    await expect(visitor.page.locator(".stage-name")).to_contain_text("noon-lake.png")
+    await _choose_option(visitor, "Model", "asleep · not loaded")
+    await expect(visitor.page.locator(".control-images")).to_be_hidden()
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 async def test_every_width_is_accessible(
     width: int, visit: Callable[..., Awaitable[Visitor]], stand: Stand, tmp_path: Path
@@ -399,6 +468,8 @@ async def test_every_width_is_accessible(
     await visitor.see("Server's default (m)")
     await check()
     await visitor.choose()
+    await visitor.page.locator(".control-images input[type=file]").set_input_files(IMAGE)
+    await expect(visitor.page.locator(".control-row")).to_have_count(1)
     prompt = visitor.page.get_by_label("Prompt", exact=True)
     await prompt.fill("a long prompt " * 100)
     box = await prompt.bounding_box()

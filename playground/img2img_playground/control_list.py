@@ -1,0 +1,127 @@
+"""The control images: for each, its ControlNet, its scale and its part of the steps; and a picker, for models that take them."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+from nicegui import ui
+
+from img2img_playground.components import ImagePicker
+from img2img_playground.extras import ControlImage, most_controls
+from img2img_playground.failures import Failure
+from img2img_playground.images import ImageFile
+from img2img_playground.number_control import NumberControl
+from img2img_playground.session import Session
+
+_AT = re.compile(r"controls\[(\d+)\]")
+
+
+class ControlList:
+    """`upload` is where images are PUT; `address` maps an image's id to its address; `change` is called with a changed control,
+    `remove` with an image, and `refresh` before a list of ControlNets opens."""
+
+    def __init__(
+        self,
+        upload: str,
+        address: Callable[[str], str],
+        refused: Callable[[str, int], None],
+        change: Callable[[ControlImage], None],
+        remove: Callable[[ImageFile], None],
+        refresh: Callable[[], None],
+    ) -> None:
+        self._address, self._change, self._remove, self._refresh = address, change, remove, refresh
+        self._rows: list[_ControlRow] = []
+        self._offered: tuple[str, ...] = ()
+        with ui.element("div").classes("control-images").props('role=group aria-label="Control images"') as self._box:
+            self._hint = ui.label().classes("control-hint")
+            self._list = ui.element("div").classes("control-rows")
+            self._picker = ImagePicker(upload, refused, "Add a control image", everywhere=False)
+
+    def show(self, session: Session) -> None:
+        """Shows the session's control images if its model takes them and the server has ControlNets."""
+        most, controls, offered = most_controls(session.model), session.extras.controls, session.controlnets
+        self._box.set_visibility(most > 0 and bool(offered or controls))
+        self._hint.text = f"Control images, up to {most}: edges, depth or a pose that the result follows"
+        self._picker.set_visibility(len(controls) < most)
+        if [row.control.image for row in self._rows] != [control.image for control in controls] or offered != self._offered:
+            self._offered = offered
+            self._list.clear()
+            with self._list:
+                self._rows = [self._row(control) for control in controls]
+        wrong = _index(session.failure)
+        for index, (row, control) in enumerate(zip(self._rows, controls, strict=True)):
+            row.show(control, is_wrong=wrong in (index, -1))
+
+    def _row(self, control: ControlImage) -> "_ControlRow":
+        return _ControlRow(control, self._offered, self._address, self._change, self._remove, self._refresh)
+
+
+class _ControlRow:
+    """A control image with its settings."""
+
+    def __init__(
+        self,
+        control: ControlImage,
+        offered: tuple[str, ...],
+        address: Callable[[str], str],
+        change: Callable[[ControlImage], None],
+        remove: Callable[[ImageFile], None],
+        refresh: Callable[[], None],
+    ) -> None:
+        self.control, self._report, self._showing = control, change, True
+        image = control.image
+        group = ui.element("div").classes("control-row").props("role=group")
+        group.props["aria-label"] = f"Control image {image.name}"
+        with group:
+            with ui.element("div").classes("control-head"):
+                with ui.element("div").classes("reference"):
+                    ui.element("img").props.update({"src": address(image.id), "alt": image.name})
+                    button = ui.button(icon="close", on_click=lambda: remove(image)).props("flat round dense")
+                    button.props["aria-label"] = f"Remove {image.name}"
+                names = (*offered, *((control.model,) if control.model not in offered else ()))
+                self.model = ui.select(list(names), label="ControlNet", value=control.model, on_change=self._choose)
+                self.model.props("outlined dense hide-bottom-space data-field=controls popup-content-class=menu").on(
+                    "popup-show", refresh
+                )
+            set_number = self._set_number
+            self._numbers = {
+                "scale": NumberControl("scale", "Scale", "How closely to follow the image", 0, 2, 0.05, set_number),
+                "start": NumberControl("start", "Start", "The part of the steps before it applies", 0, 1, 0.05, set_number),
+                "end": NumberControl("end", "End", "The part of the steps until it stops to apply", 0, 1, 0.05, set_number),
+            }
+        self._show_numbers()
+        self._showing = False
+
+    def show(self, control: ControlImage, *, is_wrong: bool) -> None:
+        """Shows the settings of a control of the same image, and marks them if the server refused them."""
+        if control != self.control:
+            self.control, self._showing = control, True
+            if control.model not in self.model.options:
+                self.model.set_options([*self.model.options, control.model])
+            self.model.value = control.model
+            self._show_numbers()
+            self._showing = False
+        self.model.error = "Refused by the server" if is_wrong else None
+
+    def _show_numbers(self) -> None:
+        for name, number in self._numbers.items():
+            number.show(getattr(self.control, name))
+
+    def _choose(self, event: object) -> None:
+        if not self._showing:
+            self._set(model=str(getattr(event, "value", None) or ""))
+
+    def _set_number(self, **values: float | None) -> None:
+        self._set(**{name: ControlImage.DEFAULTS[name] if value is None else value for name, value in values.items()})
+
+    def _set(self, **values: object) -> None:
+        self.control = replace(self.control, **values)  # type: ignore[arg-type]
+        self._report(self.control)
+
+
+def _index(failure: Failure | None) -> int | None:
+    """The index of the control that a failure is about, -1 for all of them, None for none."""
+    if failure is None or failure.field != "controls":
+        return None
+    found = _AT.search(failure.text)
+    return -1 if found is None else int(found[1])
