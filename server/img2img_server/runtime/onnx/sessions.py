@@ -7,7 +7,7 @@ the list of providers is built here, and each session's actual provider is check
 import functools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ class SessionOptions:
     of CPU threads of one call. `dimensions` fixes named axes of the graph's inputs; if all are fixed, the session is static and
     accepts only those sizes. A `lean` session reads its weights from the mapped file and keeps nothing between calls: it takes
     little memory and is slower.
-    `recordable` says that `provider_options` enable CUDA graphs.
+    `recordable` says that `provider_options` enable CUDA graphs. `weights` are tensors on the provider's device, by name, which
+    the session uses instead of copies of its own; they must outlive it and equal those of the file.
     """
 
     provider: str = "cpu"
@@ -38,8 +39,11 @@ class SessionOptions:
     provider_options: tuple[tuple[str, str], ...] = ()
     dimensions: tuple[tuple[str, int], ...] = ()
     recordable: bool = False
+    weights: tuple[tuple[str, Any], ...] = field(default=(), compare=False, repr=False)
 
 
+_CHANGING = ["TransposeOptimizer"]
+"""Optimizers that may change a weight in place. They read the file's weights, so a session with `weights` would not notice."""
 Open = Callable[[Path, SessionOptions], onnxruntime.InferenceSession]
 """Opens an ONNX file."""
 
@@ -67,7 +71,13 @@ def open_session(graph: Path, options: SessionOptions) -> onnxruntime.InferenceS
     if options.provider != "cpu":
         onnxruntime.preload_dlls()
     wanted = provider_list(options)
-    arguments = {"providers": [name for name, _ in wanted], "provider_options": [settings for _, settings in wanted]}
+    arguments: dict[str, Any] = {"providers": [name for name, _ in wanted], "provider_options": [entry for _, entry in wanted]}
+    # ONNX Runtime refuses values that own their memory; those from DLPack do not.
+    weights = {name: onnxruntime.OrtValue.from_dlpack(tensor) for name, tensor in options.weights}
+    for name, value in weights.items():
+        session_options.add_initializer(name, value)
+    if weights:
+        arguments["disabled_optimizers"] = _CHANGING
     try:
         session = onnxruntime.InferenceSession(str(graph), session_options, enable_fallback=0, **arguments)
     except (*ERRORS, RuntimeError) as error:

@@ -4,6 +4,7 @@ The options are documented in ONNX Runtime's cuda_execution_provider_info.cc. te
 """
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from img2img_server.runtime.onnx.runners import HostRunner, Make, Runner, bundle
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions, last_line
 from img2img_server.runtime.providers.cuda_graphs import Replays
 from img2img_server.runtime.providers.device_runner import DeviceRunner
+from img2img_server.runtime.providers.shared_weights import SharedWeights, Weights
 
 _log = logging.getLogger(__name__)
 
@@ -80,29 +82,59 @@ def runners(execution: Execution, threads: int, open_graph: Open, sizes: Sizes |
     if stream is not None:
         # So this thread's allocations and copies are ordered before other work on the stream.
         enter_stream()
+    shared = None if stream is None else SharedWeights(device)
+    return _Runners(execution, threads, open_graph, sizes, device, stream, shared).make
 
-    def opened(name: str, graph: Path, graphs: bool) -> Runner:
-        options = provider_options(execution, stream=stream, graphs=graphs)
-        session = open_graph(graph, SessionOptions("cuda", threads, provider_options=options, recordable=graphs))
-        if stream is None:
-            return HostRunner(session)
-        replays = Replays(session, device, graph.parent.name) if graphs else None
-        return DeviceRunner(session, device, enter_stream, replays, bundle_of(name, graph))
 
-    def recordable(name: str, graph: Path) -> Runner | None:
+@dataclass(frozen=True, slots=True)
+class _Runners:
+    """Makes runners. Without a `stream` and `shared` weights tensors are copied through the host."""
+
+    execution: Execution
+    threads: int
+    open_graph: Open
+    sizes: Sizes | None
+    device: str
+    stream: int | None
+    shared: SharedWeights | None
+
+    def make(self, name: str, graph: Path) -> Runner:
+        """Opens a graph, over weights that others use, too, if it does. Raises BundleError."""
+        weights = {} if self.shared is None else self.shared.of(graph)
         try:
-            return opened(name, graph, graphs=True)
+            runner = self._best(name, graph, weights)
+        except BundleError as error:
+            if not weights:
+                raise
+            _log.warning("%s is opened with weights of its own: %s", graph, last_line(error))
+            runner = self._best(name, graph, {})
+        if self.sizes is not None and (axes := self.sizes.axes(name, runner.inputs, self.sizes.trial())) is not None:
+            try_on_zeros(graph, runner, axes, self.device)
+        return runner
+
+    def _best(self, name: str, graph: Path, weights: Weights) -> Runner:
+        recorded = self._recordable(name, graph, weights) if self.execution.cuda_graphs and self.stream is not None else None
+        return recorded or self._opened(name, graph, weights, graphs=False)
+
+    def _recordable(self, name: str, graph: Path, weights: Weights) -> Runner | None:
+        try:
+            return self._opened(name, graph, weights, graphs=True)
         except BundleError as error:
             # Usually some of its tensors are copied between CPU and GPU. For other errors, opening it without recording fails
             # again.
             _log.warning("%s cannot be recorded as a CUDA graph; export the bundle again: %s", graph, last_line(error))
             return None
 
-    def make(name: str, graph: Path) -> Runner:
-        runner = recordable(name, graph) if execution.cuda_graphs and stream is not None else None
-        runner = runner or opened(name, graph, graphs=False)
-        if sizes is not None and (axes := sizes.axes(name, runner.inputs, sizes.trial())) is not None:
-            try_on_zeros(graph, runner, axes, device)
-        return runner
-
-    return make
+    def _opened(self, name: str, graph: Path, weights: Weights, *, graphs: bool) -> Runner:
+        options = SessionOptions(
+            "cuda",
+            self.threads,
+            provider_options=provider_options(self.execution, stream=self.stream, graphs=graphs),
+            recordable=graphs,
+            weights=tuple(weights.items()),
+        )
+        session = self.open_graph(graph, options)
+        if self.stream is None:
+            return HostRunner(session)
+        replays = Replays(session, self.device, graph.parent.name) if graphs else None
+        return DeviceRunner(session, self.device, enter_stream, replays, bundle_of(name, graph), weights)

@@ -42,7 +42,8 @@ class DeviceRunner:
     `enter` is called before each call, to make the session's stream torch's current one. `replays` keeps recordings of calls,
     None for no recordings. If all inputs and outputs of the graph have an axis of rows, calls are recorded for ROW_BUCKETS. The
     matrices of LoRAs (bundle/adapters.py) are read in place: a recording sees what was written into them since.
-    `owner` identifies the model (out_of_memory.py).
+    `owner` identifies the model (out_of_memory.py). `weights` are those that the session was opened with, which it must not
+    outlive.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class DeviceRunner:
         enter: Callable[[], None] = lambda: None,
         replays: Replays | None = None,
         owner: Hashable = None,
+        weights: Feed | None = None,
     ) -> None:
         self.owner = owner
+        self.weights = weights
         self.inputs: Sequence[Any] = session.get_inputs()
         self.outputs: Sequence[Any] = session.get_outputs()
         self._held = [item.name for item in self.inputs if item.shape and item.shape[0] == ADAPTERS]
