@@ -107,7 +107,7 @@ def is_unchanged(found: TensorProto, place: Place) -> bool:
         entries = {entry.key: entry.value for entry in found.external_data}
         return (Path(entries["location"]).name, int(entries["offset"])) == (place.file.name, place.offset)
     values = place.read().contiguous().view(torch.uint8).numpy()
-    return numpy_helper.to_array(found).tobytes() == values.tobytes()
+    return bool(numpy_helper.to_array(found).tobytes() == values.tobytes())
 
 
 @pytest.mark.parametrize("name", nightly_but(("sd1", "sd1:fp16", "sdxl:fp16", "klein"), "sd1"))
