@@ -253,7 +253,7 @@ def _fail(*words: object, **settings: object) -> Any:
     raise RuntimeError("cannot read /srv/secret/key with password hunter2")
 
 
-@pytest.mark.parametrize("where", ["plan", "prepare", "denoise", "advance", "finish", "decode", "encode"])
+@pytest.mark.parametrize("where", ["plan", "prepare", "denoise", "advance", "finish", "decode", "encode_pixels"])
 def test_an_errors_text_stays_in_the_log(where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     pipeline = FakePipeline()
     if hasattr(pipeline, where):
