@@ -14,6 +14,7 @@ from img2img_server.engine.request import Request
 from img2img_server.errors import BundleError, ServerError
 from img2img_server.runtime.accuracy_check import psnr_db
 from img2img_server.runtime.common.pipe import latent_size
+from img2img_server.runtime.common.sources import source_rule
 from img2img_server.runtime.diffusion.masking import default_mask
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
@@ -69,7 +70,8 @@ _SUBJECTS = (
 def image_cases(pipeline: Any, family: str) -> tuple[ImageCase, ...]:
     """Six short requests: three prompts at two strengths each, at the model's native size (at most 256 pixels) and another size.
 
-    The other size is smaller and not square, except for an opaque pipeline. A pipeline without strength has three requests.
+    The other size is smaller and not square, except for an opaque pipeline that takes sizes. A pipeline without strength has
+    three requests.
     """
     size = _own_size(pipeline)
     step = _size_step(pipeline)
@@ -78,7 +80,8 @@ def image_cases(pipeline: Any, family: str) -> tuple[ImageCase, ...]:
     if family == WHOLE:
         # An opaque pipeline may restrict sizes; all known ones accept a multiple of 64.
         other = size // 128 * 64 or 2 * size
-        small_size = (other, other)
+        # One that makes every image with about as many pixels looks at another aspect ratio as at another size.
+        small_size = (2 * other if source_rule(pipeline).area is not None else other, other)
     known = "strength" in inspect.signature(pipeline.__call__).parameters
     return tuple(
         _case(subject, small_size if subject.is_small else (size, size), index, seed=2 * number + index, known=known)
