@@ -38,12 +38,17 @@ class LatentSet:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One training batch: the denoiser's inputs (noisy, timesteps, token_ids), and its target, the velocity."""
+    """One training batch: the denoiser's inputs (noisy, timesteps, token_ids), and its target, the velocity.
+
+    `layouts` are the targets' in the set, and `left` is the first column of the strip, in latents.
+    """
 
     noisy: Tensor
     timesteps: Tensor
     token_ids: Tensor
     target: Tensor
+    layouts: Tensor
+    left: int
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -113,4 +118,4 @@ def draw_batch(data: LatentSet, alphas: Tensor, mixture: Mixture, width: int, ra
     token_ids = data.captions.rows[data.scenes[rows, columns], forms]
     token_ids = torch.where(chance(mixture.empty_share)[:, None], data.captions.empty, token_ids)
     signal, spread = alphas[timesteps][:, None, None, None].sqrt(), (1 - alphas[timesteps])[:, None, None, None].sqrt()
-    return Batch(signal * target + spread * noise, timesteps, token_ids, signal * noise - spread * target)
+    return Batch(signal * target + spread * noise, timesteps, token_ids, signal * noise - spread * target, rows, left)

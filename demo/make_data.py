@@ -5,11 +5,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from augmentation import augment
 from captions import Scene
-from landscapes import TRAINING_LAYOUTS, Floats, build_geometry, draw_layout, paint
+from landscapes import TRAINING_LAYOUTS, build_geometry, draw_layout, paint
 from numpy.typing import NDArray
 from palette import SEASONS, TIMES
-from PIL import Image, ImageFilter
 
 Pixels = NDArray[np.uint8]
 MOODS = [(time, season) for time in TIMES for season in SEASONS]
@@ -30,35 +30,6 @@ class ImageSet:
         """The images of the first `count` layouts."""
         end = count * self.per_layout
         return ImageSet(self.pixels[:end], self.scenes[:end], self.per_layout)
-
-
-def _photographic_texture(random: np.random.Generator, height: int, width: int) -> Floats:
-    """Fractal noise around zero: the texture of grass, leaves and stone in photographs."""
-    total = np.zeros((height, width), np.float32)
-    for cells in (8, 16, 32, 64):
-        grid = random.standard_normal((cells, cells)).astype(np.float32)
-        octave = Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)
-        total += np.asarray(octave, dtype=np.float32) / np.sqrt(cells)
-    return total
-
-
-def augment(image: Floats, random: np.random.Generator) -> Floats:
-    """Make a source look less like the generator: colour cast, contrast, texture, blur and sensor noise (0..1)."""
-    height, width = image.shape[:2]
-    out = (image - 0.5) * random.uniform(0.7, 1.2) + 0.5 + random.uniform(-0.1, 0.1)
-    out = out * random.uniform(0.88, 1.12, 3)
-    grey = out.mean(axis=2, keepdims=True)
-    out = grey + (out - grey) * random.uniform(0.4, 1.3)
-    if random.random() < 0.6:
-        ground = np.clip((np.arange(height) / height - 0.45) * 8, 0.15, 1)[:, None, None]
-        texture = _photographic_texture(random, height, width)[..., None]
-        out = out * (1 + texture * ground * random.uniform(0.05, 0.35))
-    if random.random() < 0.4:
-        sharp = Image.fromarray(np.round(np.clip(out, 0, 1) * 255).astype(np.uint8))
-        blurred = sharp.filter(ImageFilter.GaussianBlur(random.uniform(0.4, 1.6) * width / 128))
-        out = np.asarray(blurred, dtype=np.float32) / 255
-    out = out + random.normal(0, random.uniform(0, 0.03), image.shape)
-    return np.clip(out, 0, 1).astype(np.float32)
 
 
 def _one_layout(seed: int, per_layout: int, size: int) -> tuple[Pixels, list[Scene]]:

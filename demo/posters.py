@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import maximum_filter
 
 Floats = NDArray[np.floating[Any]]
 
@@ -376,3 +377,18 @@ def regions(geometry: Geometry) -> dict[str, NDArray[np.bool_]]:
     sky = ~covered
     sky[: len(geometry.disc)] &= (geometry.disc == 0) & (geometry.clouds == 0)
     return {"sky": sky, "land": land}
+
+
+def outlines(geometry: Geometry) -> NDArray[np.uint8]:
+    """White lines on black between sky, each range, ground and water, size x size in 0..255: what a ControlNet is shown."""
+    size = geometry.size
+    areas = np.zeros((size, size), np.uint8)
+    for number, part in enumerate(geometry.ranges, start=1):
+        areas[part.rows][part.coverage > 0.5] = number
+    areas[geometry.ground > 0.5] = len(geometry.ranges) + 1
+    areas[geometry.water > 0.5] = len(geometry.ranges) + 2
+    lines = np.zeros((size, size), bool)
+    lines[:-1] |= areas[1:] != areas[:-1]
+    lines[:, :-1] |= areas[:, 1:] != areas[:, :-1]
+    thick: NDArray[np.uint8] = maximum_filter((lines * 255).astype(np.uint8), size=max(2, size // 85))
+    return thick

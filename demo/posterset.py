@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from make_data import augment
+from augmentation import augment
 from numpy.typing import NDArray
 from painting import paint, to_bytes
 from posters import Layout, build_geometry, draw_layout
@@ -30,6 +30,11 @@ class PosterSet:
     pixels: Pixels
     scenes: list[Scene]
     per_layout: int
+
+    def first(self, layouts: int) -> "PosterSet":
+        """The posters of the first `layouts` layouts."""
+        end = layouts * self.per_layout
+        return replace(self, pixels=self.pixels[:end], scenes=self.scenes[:end])
 
 
 def scene_of(layout: Layout, time: str = "noon", season: str = "summer") -> Scene:

@@ -10,10 +10,8 @@ backward pass of the UNet at batch 16 took 0.75 s with it, 3 to 5 s without.
 """
 
 import argparse
-import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,14 +19,14 @@ from pathlib import Path
 
 import torch
 from captions import EXTRA_WORDS
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from latents import CaptionDraw, Mixture, draw_captions, make_caption_table, make_latents
 from make_data import ImageSet, make_images
+from saving import save_pipeline
 from tokenizer import train_tokenizer
 from torch import Tensor, nn
 from train_unet import UnetRecipe, build_scheduler, build_text_encoder, build_unet, train_unet
 from train_vae import VaeRecipe, build_vae, reconstruction_psnr, train_vae
-from transformers import CLIPTextModel, CLIPTokenizer
 
 FAST_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -80,44 +78,6 @@ SMOKE = Recipe(
     ),
 )
 """A few steps of everything, to test that it runs; the result is untrained."""
-
-
-def _prepare_for_publishing(directory: Path) -> None:
-    """Make the weights world-readable, and remove local paths that diffusers writes into configurations."""
-    for path in directory.rglob("*.safetensors"):
-        path.chmod(0o644)
-    for path in directory.rglob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("_name_or_path", "name_or_path"):
-            if content.pop(key, None) is not None:
-                path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def save_pipeline(
-    directory: Path,
-    vae: AutoencoderKL,
-    unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    scheduler: DDIMScheduler,
-) -> None:
-    """Write a Stable Diffusion pipeline with fp16 weights; the modules given stay in fp32."""
-    directory.mkdir(parents=True, exist_ok=True)
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        pipeline.save_pretrained(scratch)
-        half = StableDiffusionPipeline.from_pretrained(scratch, torch_dtype=torch.float16)
-    half.save_pretrained(directory)
-    _prepare_for_publishing(directory)
 
 
 def take_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> int:

@@ -1,27 +1,30 @@
 """Train the next demo model (256 x 256): `python demo/train_next.py --output DIR` makes everything from the generator.
 
-Nothing is downloaded. The stages are the autoencoder, the latents of all posters, the tokenizer, and the UNet with its text
-encoder. `--work` keeps what each stage made and a checkpoint every 250 steps: the same command continues after an interruption.
-Every random number is seeded, so that a second run gives the same model up to the order of floating-point sums.
+Nothing is downloaded. The stages are the autoencoder, the latents of all posters, the tokenizer, the UNet with its text
+encoder, a ControlNet of outlines, and a watercolor LoRA. `--work` keeps what each stage made, and checkpoints: the same command
+continues after an interruption. Every random number is seeded, so that a second run gives the same model up to the order of
+floating-point sums.
 """
 
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from adapters import CONTROLNET, LORA, AdapterRecipe, train_controlnet, train_lora, watercolors
 from autoencoder import AutoencoderRecipe, Pixels, edge_energy, encode, reconstruction_psnr, train_autoencoder
 from batches import LatentSet, make_caption_table, make_latent_set
 from denoiser import DenoiserRecipe, Phase, build_denoiser, build_scheduler, train_denoiser
 from diffusers import AutoencoderKL
 from posterset import PosterSet, make_posters, unseen_posters
+from saving import save_pipeline
 from scenes import EXTRA_WORDS, draw_captions
 from tokenizer import train_tokenizer
 from torch import Tensor
-from train import begin_with_fast_memory, save_pipeline
+from train import begin_with_fast_memory
 from train_unet import build_text_encoder
 
 
@@ -35,6 +38,9 @@ class DemoRecipe:
     size: int = 256
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     denoiser: DenoiserRecipe = field(default_factory=DenoiserRecipe)
+    adapter_layouts: int = 400
+    lora: AdapterRecipe = LORA
+    controlnet: AdapterRecipe = CONTROLNET
     seed: int = 3
 
 
@@ -44,6 +50,9 @@ SMOKE = DemoRecipe(
     captions_per_scene=2,
     autoencoder=AutoencoderRecipe(steps=2, crops=((64, 2, 1.0),)),
     denoiser=DenoiserRecipe(phases=(Phase(steps=1, strip_width=8), Phase(steps=1, strip_width=32)), decay=1),
+    adapter_layouts=2,
+    lora=replace(LORA, steps=1),
+    controlnet=replace(CONTROLNET, steps=1),
 )
 """A few steps of everything, to test that it runs; the result is untrained."""
 
@@ -77,7 +86,7 @@ def _latents(vae: AutoencoderKL, posters: PosterSet) -> Tensor:
 
 
 def train(recipe: DemoRecipe, output: Path, work: Path) -> None:
-    """Run all stages that `work` does not have yet, and write the pipeline to `output`."""
+    """Run all stages that `work` does not have yet, and write `model`, `loras` and `controlnet` in `output`."""
     work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     posters = make_posters(recipe.layouts, recipe.images_per_layout, recipe.size)
@@ -94,14 +103,20 @@ def train(recipe: DemoRecipe, output: Path, work: Path) -> None:
         save_pipeline(directory, vae, unet, text_encoder, tokenizer, build_scheduler())
 
     train_denoiser(data, unet, text_encoder, recipe.denoiser, work, lambda: save(work / "milestone"))
-    save(output)
+    save(output / "model")
+    some = replace(data, latents=data.latents[: recipe.adapter_layouts], scenes=data.scenes[: recipe.adapter_layouts])
+    train_controlnet(some, unet, text_encoder, recipe.controlnet, work, output / "controlnet")
+    painted = watercolors(posters.first(recipe.adapter_layouts))
+    latents = _saved(work / "watercolors.pt", lambda: _latents(vae, painted))
+    some = make_latent_set(latents, painted, data.captions)
+    train_lora(some, unet, text_encoder, recipe.lora, work, output / "loras" / "watercolor.safetensors")
     print(f"{output} written after {time.monotonic() - started:.0f} s", flush=True)
 
 
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="directory for the pipeline")
+    parser.add_argument("--output", type=Path, required=True, help="directory for the model, its LoRA and its ControlNet")
     parser.add_argument("--work", type=Path, help="directory for stages and checkpoints (default: OUTPUT-work)")
     parser.add_argument("--smoke", action="store_true", help="a few steps, to test that everything runs")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")

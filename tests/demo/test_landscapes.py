@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from augmentation import augment, make_images
 from captions import (
     DEFAULT_PROMPT,
     KIND_PHRASES,
@@ -13,7 +14,6 @@ from captions import (
     draw_nameless_caption,
 )
 from landscapes import TRAINING_LAYOUTS, UNSEEN_LAYOUTS, build_geometry, draw_layout, paint, render
-from make_data import augment, make_images
 from palette import SEASONS, TIMES
 
 MOODS = [(time, season) for time in TIMES for season in SEASONS]

@@ -8,8 +8,9 @@ import torch
 from autoencoder import AutoencoderRecipe, build_autoencoder, encode, even_out, reconstruct, train_autoencoder
 from batches import CaptionTable, LatentSet, Mixture, draw_batch
 from denoiser import DenoiserRecipe, Phase, build_scheduler
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline, StableDiffusionImg2ImgPipeline
 from muon import Muon, split_for_muon
+from PIL import Image
 from posterset import make_posters, unseen_posters
 from scenes import Scene
 from torch import nn
@@ -108,8 +109,16 @@ def test_rates_and_phases() -> None:
 @pytest.mark.nightly
 def test_smoke_training_writes_a_pipeline_that_runs(tmp_path: Path) -> None:
     with torch.random.fork_rng():
-        train(replace(SMOKE, layouts=2), tmp_path / "model", tmp_path / "work")
-    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(tmp_path / "model")
+        train(replace(SMOKE, layouts=2), tmp_path / "demo", tmp_path / "work")
+    output = tmp_path / "demo"
+    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(output / "model", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    image = pipeline("at night", image=unseen_posters(1)[0] / 255.0, num_inference_steps=2, output_type="np").images
+    source = unseen_posters(1)[0] / 255.0
+    image = pipeline("at night", image=source, num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 256, 256, 3)
+    net = ControlNetModel.from_pretrained(output / "controlnet", dtype=torch.float32)
+    controlled = StableDiffusionControlNetImg2ImgPipeline(**pipeline.components, controlnet=net)
+    controlled.load_lora_weights(output / "loras", weight_name="watercolor.safetensors")
+    lines = Image.new("RGB", (256, 256))
+    image = controlled("at night", image=source, control_image=lines, num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 256, 256, 3)

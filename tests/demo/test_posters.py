@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from judge import PHRASES, keeps_ridge, make_cases
 from painting import SEASONS, TIMES, paint, render, to_bytes
-from posters import KINDS, build_geometry, draw_layout
+from posters import KINDS, build_geometry, draw_layout, outlines
 from posterset import AUGMENTED, TRAINING_LAYOUTS, UNSEEN_LAYOUTS, make_posters, scene_of, unseen_posters
 from scenes import DEFAULT_PROMPT, MOODS, Scene, all_scenes, default_caption, draw_caption
+from watercolor import PAPER, paint_watercolor
 
 SIZE = 64
 
@@ -92,3 +93,25 @@ def test_the_judge_accepts_the_generators_posters_and_refuses_the_source() -> No
         assert not any(case.follows(case.source, mood) for case in cases)
     assert all(keeps_ridge(case.painted["sunset"], cases, index) for index, case in enumerate(cases))
     assert not any(keeps_ridge(case.source, cases, (index + 1) % len(cases)) for index, case in enumerate(cases))
+
+
+def test_outlines_are_where_areas_meet() -> None:
+    geometry = build_geometry(draw_layout(1_000_020), 128)
+    lines = outlines(geometry)
+    assert set(np.unique(lines)) == {0, 255}
+    assert 0.02 < (lines > 0).mean() < 0.25
+    painted = paint(geometry).mean(axis=0)
+    jumps = np.abs(np.diff(painted, axis=0))
+    on_lines = lines[:-1] > 0
+    assert jumps[on_lines].mean() > 2 * jumps[~on_lines].mean()
+
+
+def test_watercolor_keeps_the_scene_and_has_a_paper_border() -> None:
+    poster = np.asarray(render(1_000_020, "sunset", size=128))
+    painted = paint_watercolor(poster, np.random.default_rng(1))
+    assert np.array_equal(painted, paint_watercolor(poster, np.random.default_rng(1)))
+    border = np.concatenate([painted[:3].reshape(-1, 3), painted[:, :3].reshape(-1, 3)])
+    assert np.abs(border / 255 - PAPER).max() < 0.02
+    inside = (slice(16, -16), slice(16, -16))
+    assert np.corrcoef(poster[inside].ravel(), painted[inside].ravel())[0, 1] > 0.9
+    assert painted[inside].mean() > poster[inside].mean() + 10
