@@ -15,7 +15,6 @@ from batches import Batch, LatentSet, Mixture, draw_batch
 from checkpoints import Checkpoint
 from denoiser import build_scheduler
 from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model_state_dict
 from posters import build_geometry, draw_layout, outlines
@@ -64,8 +63,7 @@ def train_lora(
         return predicted
 
     _train("lora", data, parameters, text_encoder, predict, recipe, work)
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    layers = {name: weight.to(torch.float16).contiguous() for name, weight in layers.items()}
+    layers = {name: weight.to(torch.float16).contiguous() for name, weight in get_peft_model_state_dict(unet).items()}
     StableDiffusionPipeline.save_lora_weights(output.parent, unet_lora_layers=layers, weight_name=output.name)
     output.chmod(0o644)
 

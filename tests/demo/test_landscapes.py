@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from augmentation import augment, make_images
+from augmentation import augment
 from captions import (
     DEFAULT_PROMPT,
     KIND_PHRASES,
@@ -14,6 +14,7 @@ from captions import (
     draw_nameless_caption,
 )
 from landscapes import TRAINING_LAYOUTS, UNSEEN_LAYOUTS, build_geometry, draw_layout, paint, render
+from make_data import make_images
 from palette import SEASONS, TIMES
 
 MOODS = [(time, season) for time in TIMES for season in SEASONS]
