@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--folder",
         type=Path,
-        help="keep models and bundles there: the next run takes those that are up to date, so a run can stop",
+        help="directory that keeps models and bundles; a later run reuses those that are up to date",
     )
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.models) - set(models)):

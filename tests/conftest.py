@@ -43,8 +43,8 @@ WITHOUT_FURTHER_GRAPHS = (
     *("chroma", "flux", "flux-fill", "flux2", "if", "kolors", "pix2pix", "sd-inpaint", "sd-masked", "sd-tiny-vae", "sd3-no-t5"),
     *("sdxl-inpaint", "sdxl-overflow", "sd1:bf16", "sd1:fp16:speedups", "sd1:bf16:speedups", "sd1:int8", "sd1:int8:speedups"),
 )
-"""Bundles without graphs for LoRAs and ControlNets, which take half of an export: no test asks for them. In an environment whose
-tests ask for none, $TESTS_FURTHER_GRAPHS has the names of those that have them (scripts/test_versions)."""
+"""Bundles without graphs for LoRAs and ControlNets, which take half of an export: no test uses them. If
+$TESTS_FURTHER_GRAPHS is set (scripts/test_versions), only the bundles that it names have such graphs."""
 OF_TWO_SIZES = ("chroma", "kandinsky3", "longcat-edit", "qwenimage2")
 """Bundles for which these two images differ in size: the exporter does not know the classes of their denoisers, and makes those
 axes of a graph variable that differ between images."""

@@ -1,10 +1,24 @@
-"""Images of requests as a pipeline draws them, without an engine, as integers [H, W, 3]."""
+"""Pipelines, and images of requests as they draw them, without an engine, as integers [H, W, 3]."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from img2img_server.bundle.manifest import read_manifest
+from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline, Request, run_alone
+from img2img_server.runtime.control.nets import ControlNets
+from img2img_server.runtime.diffusion.stepped import SteppedPipeline
+from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.loader import load_pipeline
+
+
+def load(bundle: Path, nets: ControlNets | None = None, **more: Any) -> SteppedPipeline:
+    """The pipeline of a bundle on the CPU provider, with the ControlNets that its requests may name."""
+    pipeline = load_pipeline(bundle, read_manifest(bundle), Execution("cpu"), Cache(2**24), controlnets=nets, **more)
+    assert isinstance(pipeline, SteppedPipeline)
+    return pipeline
 
 
 def together(pipeline: Pipeline, batch: Sequence[Request]) -> list[np.ndarray[Any, Any]]:

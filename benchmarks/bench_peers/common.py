@@ -107,7 +107,21 @@ class Device:
         return images
 
 
-class _Service(ImageToImageServiceServicer):
+class TransformOnly(ImageToImageServiceServicer):
+    """A service whose subclasses implement Transform: benchmarks send single requests."""
+
+    async def TransformStream(self, request: TransformStreamRequest, context: Any) -> AsyncIterator[TransformStreamResponse]:
+        """Not implemented."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "use Transform")
+        yield TransformStreamResponse()
+
+    async def TransformBatch(self, requests: Any, context: Any) -> AsyncIterator[TransformBatchResponse]:
+        """Not implemented."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "use Transform")
+        yield TransformBatchResponse()
+
+
+class _Service(TransformOnly):
     def __init__(self, runner: Runner, engine: str) -> None:
         self._runner = runner
         self._engine = engine
@@ -128,16 +142,6 @@ class _Service(ImageToImageServiceServicer):
         result = ImageResult(data=data, format=OutputFormat.OUTPUT_FORMAT_PNG, seed=arguments.seed)
         result.width, result.height = made.image.size
         return TransformResponse(images=[result], engine=self._engine, timings=timings)
-
-    async def TransformStream(self, request: TransformStreamRequest, context: Any) -> AsyncIterator[TransformStreamResponse]:
-        """Not implemented."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "use Transform")
-        yield TransformStreamResponse()
-
-    async def TransformBatch(self, requests: Any, context: Any) -> AsyncIterator[TransformBatchResponse]:
-        """Not implemented: the benchmark sends single requests."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "use Transform")
-        yield TransformBatchResponse()
 
 
 def read(request: TransformRequest) -> Arguments:
@@ -191,8 +195,13 @@ def load_optimum(model: Path) -> Any:
 async def serve(device: Device, runner: Runner, engine: str, port_file: Path) -> None:
     """Serves on a free loopback port until SIGTERM; writes `port_file` once the pipeline is warm."""
     await device.start()
+    await serve_until_stopped(_Service(runner, engine), port_file)
+
+
+async def serve_until_stopped(service: ImageToImageServiceServicer, port_file: Path) -> None:
+    """Serves on a free loopback port until SIGTERM or SIGINT, and writes the port to `port_file`."""
     server = grpc.aio.server(options=OPTIONS)
-    add_ImageToImageServiceServicer_to_server(_Service(runner, engine), server)
+    add_ImageToImageServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     stop = asyncio.Event()

@@ -22,7 +22,7 @@ from diffusers import (
     StableDiffusionXLControlNetInpaintPipeline,
     StableDiffusionXLControlNetUnionImg2ImgPipeline,
 )
-from drawing import alone, together
+from drawing import alone, load, together
 from fakes import Clock, FakePipeline, make_request
 from http_calls import EDITS, Field, ask, opened
 from img2img.v1 import image_to_image_pb2 as pb
@@ -96,12 +96,6 @@ def controls(mix: Mix) -> tuple[ControlUse, ...]:
 def requests(mixes: Sequence[Mix] = MIXES, **changes: Any) -> list[Request]:
     settings = {"negative_prompt": None, "image": sample_image(64, 64), **SETTINGS, **changes}
     return [make_request(seeds=(5 + index,), controls=controls(mix), **settings) for index, mix in enumerate(mixes)]
-
-
-def load(bundle: Path, nets: ControlNets | None, **more: Any) -> SteppedPipeline:
-    pipeline = load_pipeline(bundle, read_manifest(bundle), Execution("cpu"), Cache(2**24), controlnets=nets, **more)
-    assert isinstance(pipeline, SteppedPipeline)
-    return pipeline
 
 
 @pytest.fixture

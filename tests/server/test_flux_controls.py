@@ -15,7 +15,7 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxTransformer2DModel,
 )
-from drawing import alone, together
+from drawing import alone, load, together
 from fakes import make_request
 from img2img_export.verify.images import sample_image
 from img2img_server.bundle.controls import SAMPLE_OF, SAMPLES, SINGLE_OF, SINGLES
@@ -64,12 +64,6 @@ def controls(mix: Mix) -> tuple[ControlUse, ...]:
 def requests(mixes: Sequence[Mix] = MIXES) -> list[Request]:
     image = sample_image(64, 64)
     return [make_request(image=image, seeds=(5 + i,), controls=controls(mix), **SETTINGS) for i, mix in enumerate(mixes)]
-
-
-def load(bundle: Path, nets: ControlNets | None, **more: Any) -> SteppedPipeline:
-    pipeline = load_pipeline(bundle, read_manifest(bundle), Execution("cpu"), Cache(2**24), controlnets=nets, **more)
-    assert isinstance(pipeline, SteppedPipeline)
-    return pipeline
 
 
 @pytest.fixture

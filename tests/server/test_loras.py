@@ -18,6 +18,7 @@ import torch
 from covering import nightly_but
 from diffusers import AutoPipelineForImage2Image
 from drawing import alone, together
+from drawing import load as load_stepped
 from fakes import FakePipeline, make_request
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img_client import Client, InvalidRequest, read_provenance
@@ -111,9 +112,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory, tiny_model: Get) -> Get:
 
 def load(bundle: Path, folder: Path | None, slots: int = 8, cache: Cache | None = None) -> SteppedPipeline:
     settings = None if folder is None else LoraSettings(LoraFiles(folder), cache or Cache(2**28), slots)
-    pipeline = load_pipeline(bundle, read_manifest(bundle), Execution("cpu"), Cache(2**24), loras=settings)
-    assert isinstance(pipeline, SteppedPipeline)
-    return pipeline
+    return load_stepped(bundle, loras=settings)
 
 
 def uses(folder: Path, *loras: tuple[str, float]) -> tuple[LoraUse, ...]:

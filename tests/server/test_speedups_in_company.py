@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawing import alone
+from drawing import alone, load
 from fakes import Caller, make_request
 from img2img_export.verify.images import sample_image
 from img2img_server.bundle.lora_files import LoraFiles
@@ -18,7 +18,6 @@ from img2img_server.engine.interface import Span
 from img2img_server.engine.request import Completed, ControlUse, LoraUse
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.runtime.control.nets import ControlNet, ControlNets
-from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.lora.adapters import LoraSettings
@@ -47,11 +46,7 @@ def test_requests_with_a_bound_share_calls_with_loras_and_controls(
     pairs = make(tiny_model("sd1"), 1, ("to_q", "to_v", "ff.net.2"), (8,))
     write_diffusers({module: (0.3 * down, 0.3 * up) for module, (down, up) in pairs.items()}, folder / "style.safetensors")
     settings = LoraSettings(LoraFiles(folder), Cache(2**28), 8)
-    directory = bundle(name)
-    pipeline = load_pipeline(
-        directory, read_manifest(directory), Execution("cpu"), Cache(2**24), controlnets=nets, loras=settings
-    )
-    assert isinstance(pipeline, SteppedPipeline)
+    pipeline = load(bundle(name), nets, loras=settings)
     pipeline.speedups.speedups = Speedups((FEWER, kept), 1, 4, 7.5, 0.25)
 
     loras = (LoraUse("style", 1.0, LoraFiles(folder).find("style").digest),)

@@ -43,8 +43,8 @@ class _Trial:
 class ControlNet:
     """A loaded ControlNet, whose graph is on `device`, with its config.json. `scale` is the number of pixels of a latent, on each
     side; `widths` are the channels of its inputs and residuals, by name; `parameters` is the number of its weights. `modes` is
-    the number of kinds of images that it reads, None if it is no union. If it `pools`, it applies to the prompt only, as in
-    diffusers.
+    the number of control modes of a union, None for other ControlNets. If it `pools`, it applies only to the rows of the prompt,
+    as in diffusers.
 
     Implements the engine's Pipeline for the server's trial request, which calls it once. Clients' requests never run it by itself
     (api/parsing.py).
@@ -190,7 +190,7 @@ class FluxControlNet(ControlNet):
 
     @property
     def repeats(self) -> bool:
-        """As diffusers has it for those that read pixels."""
+        """Whether its samples are used in turns: diffusers does so for ControlNets that read pixels."""
         return not self.reads_latents
 
     def pixels(self, image: torch.Tensor) -> torch.Tensor:

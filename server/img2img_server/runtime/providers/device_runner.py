@@ -42,8 +42,8 @@ class DeviceRunner:
     `enter` is called before each call, to make the session's stream torch's current one. `replays` keeps recordings of calls,
     None for no recordings. If all inputs and outputs of the graph have an axis of rows, calls are recorded for ROW_BUCKETS. The
     matrices of LoRAs (bundle/adapters.py) are read in place: a recording sees what was written into them since.
-    `owner` identifies the model (out_of_memory.py). `weights` are those that the session was opened with, which it must not
-    outlive.
+    `owner` identifies the model (out_of_memory.py). `weights` are the tensors of SessionOptions.weights; the runner holds
+    them as long as its session.
     """
 
     def __init__(

@@ -35,8 +35,8 @@ class SharedWeights:
         self._known: weakref.WeakValueDictionary[Place, torch.Tensor] = weakref.WeakValueDictionary()
 
     def of(self, graph: Path) -> Weights:
-        """The weights of a graph, by name: sent to the device unless another graph has sent them. Empty if there is no other
-        graph beside it that could share them. Raises BundleError if there is no memory for them."""
+        """The weights of a graph, by name. A weight that another graph uses is not copied to the device again. Empty if the
+        directory has no other graph. Raises BundleError if the device has not enough memory."""
         if not any(other != graph for other in graph.parent.glob("*.onnx")):
             return {}
         try:

@@ -79,7 +79,7 @@ class NoiseLevels:
 
     @functools.cached_property
     def after(self) -> tuple[tuple[float, float], ...]:
-        """For each called step, the factors of x0 and of noise in the latents before the next call. There is no noise after the
+        """For each step that calls the model, the factors of x0 and of noise in the latents at the next call; (1, 0) after the
         last."""
         times, first = self._timesteps.cpu(), self._first
         return (*(level_at(self._scheduler, first + step, times[step]) for step in self._nexts), (1.0, 0.0))
