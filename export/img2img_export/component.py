@@ -22,7 +22,15 @@ from typing import Any
 import torch
 from img2img_server.bundle.adapters import LORA_NAME, AdaptedLayer
 from img2img_server.bundle.controls import CONTROL_LORA_NAME, CONTROL_NAME, FAMILY
-from img2img_server.bundle.manifest import AccuracyLimits, Component, ComponentParity, Precision, WeightFormat, limits_of
+from img2img_server.bundle.manifest import (
+    AccuracyLimits,
+    Component,
+    ComponentParity,
+    Precision,
+    WeightFormat,
+    limits_of,
+    numbers_in_words,
+)
 from img2img_server.bundle.speedups import LIGHT_NAME
 from img2img_server.runtime.common.fp32_compute import computing_in_fp32
 
@@ -201,7 +209,7 @@ class Converter:
     def _attempt(self, component: str, name: str, precision: Precision, narrow: WeightFormat = "") -> Made:
         """Makes and compares one graph, with weights in the format `narrow`. A failure with quantized weights, or in another
         precision than fp32, is a problem of the result, not an error."""
-        self._progress.stage(f"{name}: tracing in {precision}{f', weights in {narrow}' if narrow else ''}")
+        self._progress.stage(f"{name}: tracing in {numbers_in_words(precision, narrow)}")
         limits = limits_of(precision, narrow)
         shutil.rmtree(self._bundle / name, ignore_errors=True)
         try:

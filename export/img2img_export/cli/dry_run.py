@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from img2img_server.bundle.controls import FAMILY
-from img2img_server.bundle.manifest import Precision, Source, WeightFormat
+from img2img_server.bundle.manifest import Precision, Source, WeightFormat, numbers_in_words
 
 from img2img_export.cli.terminal import quantity
 from img2img_export.errors import ExportError, first_line
@@ -172,7 +172,7 @@ def show(found: Forecast, console: "Console") -> None:
         [
             ("pipeline", f"{found.pipeline_class} (family {found.family})"),
             ("backend", found.backend + (f": {found.backend_reason}" if found.backend_reason else "")),
-            ("precision", _numbers(found.precision, found.weight_format)),
+            ("precision", numbers_in_words(found.precision, found.weight_format)),
             ("scheduler", found.scheduler or ""),
             *(("LoRA", f"{name} at {scale:g}") for name, scale in found.loras),
             ("read", quantity(found.source_bytes)),
@@ -189,7 +189,7 @@ def show(found: Forecast, console: "Console") -> None:
             {"onnx": "ONNX graph", "torch": "PyTorch"}.get(part.backend, "copied"),
             f"{part.parameters / 1e6:.1f} M" if part.parameters else "",
             part.stored,
-            _numbers(part.precision, part.weight_format),
+            numbers_in_words(part.precision, part.weight_format),
             quantity(part.bytes) if part.bytes else "",
             part.reason,
         )
@@ -200,7 +200,7 @@ def show(found: Forecast, console: "Console") -> None:
     if found.backend != "torch":
         sizes = [
             (
-                _numbers(one.precision, one.weight_format),
+                numbers_in_words(one.precision, one.weight_format),
                 quantity(one.bundle_bytes),
                 quantity(one.gpu_bytes),
                 _card(one.gpu_bytes),
@@ -236,10 +236,6 @@ def _survey_hub(options: ExportOptions, progress: Progress) -> tuple[Checkpoint,
         raise ExportError(f"cannot read the sizes of {repo_id} from the hub: {first_line(error)}") from None
     checkpoint = Checkpoint(directory, tuple(files), layout, Source(repo_id=repo_id), kind)
     return checkpoint, Contents(headers, {item.path: item.size for item in found})
-
-
-def _numbers(precision: str, weight_format: WeightFormat) -> str:
-    return f"{precision}, weights in {weight_format}" if weight_format else precision
 
 
 def _card(weights: int) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from img2img_server.bundle.manifest import ComponentParity, Manifest, list_files, read_manifest
+from img2img_server.bundle.manifest import ComponentParity, Manifest, list_files, numbers_in_words, read_manifest
 from img2img_server.bundle.speedups import Speedups
 from img2img_server.errors import BundleError
 
@@ -194,7 +194,7 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         *((name, ", ".join(patterns)) for name, patterns in _patterns(manifest)),
         ("pipeline", f"{manifest.pipeline_class} (family {manifest.family})"),
         ("backend", manifest.backend + (f": {manifest.backend_reason}" if manifest.backend_reason else "")),
-        ("precision", manifest.precision + (f", weights in {manifest.weight_format}" if manifest.weight_format else "")),
+        ("precision", numbers_in_words(manifest.precision, manifest.weight_format)),
         *(("LoRA", f"{lora.name} at {lora.scale:g}") for lora in manifest.loras),
         ("image sizes", f"multiples of {manifest.size_multiple} pixels" if manifest.size_multiple else ""),
         ("size", f"{quantity(found.bytes)} in {len(manifest.files)} files"),

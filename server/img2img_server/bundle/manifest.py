@@ -121,6 +121,11 @@ class Lora:
     digest: str
 
 
+def numbers_in_words(precision: str, weight_format: WeightFormat) -> str:
+    """A precision with the format of quantized weights: "fp16, weights in int4"."""
+    return f"{precision}, weights in {weight_format}" if weight_format else precision
+
+
 @dataclass(frozen=True, slots=True)
 class Component:
     """A component of the model. `precision` is that of its weights: fp32, fp16, bf16 or int8. A torch component has no graph.
@@ -156,7 +161,7 @@ class Component:
     @property
     def numbers(self) -> str:
         """The precision and the weights' format, for people."""
-        return f"{self.precision}, weights in {self.weight_format}" if self.weight_format else self.precision
+        return numbers_in_words(self.precision, self.weight_format)
 
 
 @dataclass(frozen=True, slots=True)

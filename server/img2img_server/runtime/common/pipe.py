@@ -3,7 +3,6 @@
 Classes keep their sizes in different attributes, or not at all.
 """
 
-import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +11,7 @@ from typing import Any
 def view_of(pipe: Any, **parts: Any) -> Any:
     """A shallow copy of `pipe` with other `parts`. Bypasses diffusers' __setattr__, which would register their classes in the
     shared configuration."""
-    view = copy.copy(pipe)
-    view.__dict__.update(parts)
-    return view
+    return view_as(pipe, type(pipe), **parts)
 
 
 def view_as(pipe: Any, kind: type, **parts: Any) -> Any:
