@@ -242,6 +242,11 @@ class Visitor:
         await self.page.set_input_files(".stage-foot input[type=file]", path)
         await self.page.locator(".stage-name", has_text=path.name).wait_for()
 
+    @property
+    def banner(self) -> Locator:
+        """The error above the image. Messages below fields are alerts, too."""
+        return self.page.locator(".banner[role=alert]")
+
     def button(self, name: str) -> Locator:
         return self.page.get_by_role("button", name=name, exact=True)
 

@@ -62,7 +62,7 @@ async def test_a_run_is_cancelled_at_the_server(visitor: Visitor, stand: Stand) 
     await visitor.begin()
     await visitor.button("Cancel").click()
     await expect(visitor.button("Transform")).to_be_enabled()
-    await expect(visitor.page.get_by_role("alert")).to_be_hidden()
+    await expect(visitor.banner).to_be_hidden()
     while not stand.pipeline.let_go.acquire(timeout=0.5):
         stand.gate.let(1)
     (state,) = stand.pipeline.released
@@ -192,7 +192,7 @@ async def test_models_and_schedulers_are_listed_from_the_server(visitor: Visitor
     await expect(visitor.page.locator(".q-field--error [data-field=model]")).to_have_count(1)
     await model.click()
     await options.get_by_text("m", exact=True).click()
-    await expect(visitor.page.get_by_role("alert")).to_be_hidden()
+    await expect(visitor.banner).to_be_hidden()
     await expect(visitor.page.locator(".q-field--error")).to_have_count(0)
     assert "secret" not in await visitor.page.locator("body").inner_text()
 
@@ -209,10 +209,10 @@ async def test_errors_name_the_field(visitor: Visitor) -> None:
     await expect(visitor.page.locator(".q-field--error [data-field=num_inference_steps]")).to_have_count(1)
     await expect(visitor.page.locator(".q-field--error")).to_have_count(1)
     await visitor.page.locator("[data-field=strength]").fill("0.5")
-    await expect(visitor.page.get_by_role("alert")).to_be_visible()
+    await expect(visitor.banner).to_be_visible()
     await steps.fill("4")
     await expect(visitor.page.locator(".q-field--error")).to_have_count(0)
-    await expect(visitor.page.get_by_role("alert")).to_be_hidden()
+    await expect(visitor.banner).to_be_hidden()
     await visitor.transform()
 
 
@@ -228,8 +228,8 @@ async def test_full_server_is_retried_and_then_reported(visit: Callable[[], Awai
     await visitor.choose()
     await visitor.button("Transform").click()
     await visitor.see("The server is busy. Retrying in")
-    await visitor.page.get_by_role("alert").wait_for()
-    assert re.search(r"The server is busy\.\n.*Retry in [\d.]+ s\.", await visitor.page.get_by_role("alert").inner_text())
+    await visitor.banner.wait_for()
+    assert re.search(r"The server is busy\.\n.*Retry in [\d.]+ s\.", await visitor.banner.inner_text())
     stand.gate.open()
     await visitor.button("Try again").click()
     await visitor.button("Use as source").wait_for()
@@ -241,12 +241,12 @@ async def test_connection_loss_and_recovery_are_shown(visitor: Visitor, stand: S
     try:
         await visitor.choose()
         await visitor.button("Transform").click()
-        await visitor.page.get_by_role("alert").get_by_text(f"No response from {stand.target}.").wait_for()
+        await visitor.banner.get_by_text(f"No response from {stand.target}.").wait_for()
         await visitor.page.locator(".pill.down").wait_for()
     finally:
         stand.up()
     await visitor.page.locator(".pill.up").wait_for()
-    await expect(visitor.page.get_by_role("alert")).to_be_hidden()
+    await expect(visitor.banner).to_be_hidden()
     await visitor.transform()
 
 

@@ -52,7 +52,7 @@ async def test_the_size_can_be_exact(visitor: Visitor) -> None:
     assert await _size(visitor) == (64, 96)
     await visitor.page.get_by_label("Height").fill("-8")
     await visitor.button("Transform").click()
-    await visitor.page.get_by_role("alert").wait_for()
+    await visitor.banner.wait_for()
     await expect(visitor.page.locator(".q-field--error [data-field=height]")).to_have_count(1)
     await _choose_option(visitor, "Size", "Model's native size")
     await expect(visitor.page.get_by_label("Width")).to_be_hidden()
@@ -326,7 +326,7 @@ async def test_a_mask_is_loaded_from_a_file(visitor: Visitor, tmp_path: Path) ->
     await visitor.page.set_input_files(".mask-file", tmp_path / "bad.png")
     await visitor.see("The mask cannot be used.")
     await visitor.button("Clear mask").click()
-    await expect(visitor.page.get_by_role("alert")).to_be_hidden()
+    await expect(visitor.banner).to_be_hidden()
 
 
 async def test_references_are_sent_up_to_the_maximum(visitor: Visitor, stand: Stand) -> None:
@@ -374,7 +374,7 @@ async def test_loras_are_chosen_with_scales_and_kept_with_the_result(visitor: Vi
     await visitor.see("loras[0].scale: 11 is not in -10 to 10")
     await expect(visitor.page.locator(".loras .q-field--error")).not_to_have_count(0)
     await visitor.page.get_by_role("spinbutton", name=LORAS[0], exact=True).fill("1")
-    await expect(visitor.page.get_by_role("alert")).to_be_hidden()
+    await expect(visitor.banner).to_be_hidden()
     await listed.click()
     await options.get_by_text(LORAS[0], exact=True).click()
     await visitor.page.keyboard.press("Escape")
@@ -420,7 +420,7 @@ async def test_control_images_have_a_controlnet_and_numbers_and_are_kept_with_th
     await expect(rows.first.locator(".q-field--error")).to_have_count(0)
     await expect(rows.last.locator(".q-field--error")).not_to_have_count(0)
     await rows.last.get_by_role("spinbutton", name="Start", exact=True).fill("0")
-    await expect(page.get_by_role("alert")).to_be_hidden()
+    await expect(visitor.banner).to_be_hidden()
     await rows.first.get_by_role("button", name="Remove noon-lake.png").click()
     await expect(rows).to_have_count(1)
     await page.locator(".history-entry").click()
@@ -488,7 +488,7 @@ async def test_every_width_is_accessible(
     await visitor.page.locator("[data-field=num_inference_steps]").fill("1000")
     await _choose_option(visitor, "Size", "Exact width and height")
     await visitor.button("Transform").click()
-    await visitor.page.get_by_role("alert").wait_for()
+    await visitor.banner.wait_for()
     await check()
     for name, leave in (("Python for these settings", "Close"), ("Save as preset", "Do not save")):
         await visitor.button(name).click()
