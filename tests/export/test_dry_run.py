@@ -130,6 +130,10 @@ def test_weights_on_a_gpu_are_compared_between_precisions(model: Path) -> None:
     assert told.gpu_bytes == sizes["fp32", ""] == 4 * total
     assert sizes["fp16", ""] == sizes["bf16", ""] == 2 * total, "one of the plain and the fused graph is loaded"
     assert sizes["fp16", "int4"] < sizes["fp16", "int8"] < sizes["fp16", ""]
+    assert told.offloaded_gpu_bytes == 4 * (total - COUNTS["text_encoder"]), "what `serve --offload text-encoders` leaves there"
+    assert {one.offloaded_gpu_bytes for one in told.alternatives if one.precision == "fp16"} == {
+        2 * (total - COUNTS["text_encoder"])
+    }, "nothing of it is quantized"
     assert make_forecast(model, plan("torch", ())).gpu_bytes == 2 * total, "PyTorch serves in half precision on a GPU"
 
 

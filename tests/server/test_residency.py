@@ -23,7 +23,7 @@ from img2img_server.errors import (
     ShuttingDown,
 )
 from img2img_server.models.downloads import EXPORTER
-from img2img_server.models.memory import estimate, session_bytes
+from img2img_server.models.memory import Estimates, session_bytes
 from img2img_server.models.registry import Model, ModelRegistry, ModelState
 from img2img_server.support.call import Call, answering
 from model_folder import MB, LoadedPipeline, Memory, Rig, make_bundle, rig
@@ -442,7 +442,7 @@ def test_the_default_model_is_the_first_to_be_loaded(folder: Path) -> None:
     assert store.get("c").memory == 200 * MB
     manifest = store.get("a").manifest
     assert manifest is not None
-    assert store.get("a").expected_memory == estimate(manifest) > 100 * MB
+    assert store.get("a").expected_memory == Estimates().memory(manifest) > 100 * MB
 
 
 def control_of(rig: Rig, name: str, takes: int) -> LoadedPipeline:
@@ -494,7 +494,9 @@ async def test_control_graph_without_memory_for_it_is_refused(folder: Path) -> N
 
 def test_the_estimate_counts_each_lora_graph(folder: Path) -> None:
     """Whose session has its own copy of the weights, if the server has LoRAs."""
-    plain, adapted = (ModelRegistry.find_bundles(folder, Memory().load, loras=loras).get("a") for loras in (False, True))
+    plain, adapted = (
+        ModelRegistry.find_bundles(folder, Memory().load, estimates=Estimates(loras)).get("a") for loras in (False, True)
+    )
     assert adapted.expected_memory == plain.expected_memory, "the bundle has no LoRA graph"
     assert adapted.manifest is not None
     component = replace(adapted.manifest.components[0], lora="unet/lora.onnx")

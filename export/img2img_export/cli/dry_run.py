@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from img2img_server.bundle.controls import FAMILY
-from img2img_server.bundle.manifest import Precision, Source, WeightFormat, numbers_in_words
+from img2img_server.bundle.manifest import Precision, Source, WeightFormat, is_text_encoder, numbers_in_words
 
 from img2img_export.cli.terminal import quantity
 from img2img_export.errors import ExportError, first_line
@@ -74,18 +74,21 @@ class PartForecast:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """The same export in another precision and format of weights: bytes of the bundle, and of weights on a GPU."""
+    """The same export in another precision and format of weights: bytes of the bundle, and of weights on a GPU, also without text
+    encoders."""
 
     precision: str
     weight_format: WeightFormat
     bundle_bytes: int
     gpu_bytes: int
+    offloaded_gpu_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """What an export would do. Sizes are estimates in bytes; `temporary_bytes` is additional disk space during export.
-    `gpu_bytes` are those of the weights on a GPU that serves the bundle."""
+    `gpu_bytes` are those of the weights on a GPU that serves the bundle, `offloaded_gpu_bytes` those without text encoders, whose
+    weights `img2img serve --offload text-encoders` keeps in host memory."""
 
     source: str
     output: str
@@ -103,6 +106,7 @@ class Forecast:
     memory_bytes: int
     free_disk_bytes: int
     gpu_bytes: int
+    offloaded_gpu_bytes: int
     weight_format: WeightFormat = ""
     alternatives: tuple[Alternative, ...] = ()
 
@@ -155,9 +159,16 @@ def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", conte
         memory_bytes=max(round(_MEMORY_FACTOR * max((_in_memory(part) for part in parts), default=0)), _LEAST_MEMORY),
         free_disk_bytes=_free_disk(options.output),
         gpu_bytes=sum(part.gpu_bytes for part in parts),
+        offloaded_gpu_bytes=_without_text_encoders(parts),
         weight_format=options.weight_format,
         alternatives=tuple(
-            Alternative(precision, narrow, sum(part.bytes for part in made), sum(part.gpu_bytes for part in made))
+            Alternative(
+                precision,
+                narrow,
+                sum(part.bytes for part in made),
+                sum(part.gpu_bytes for part in made),
+                _without_text_encoders(made),
+            )
             for precision, narrow in others
             for made in [sized(replace(options, precision=precision, weight_format=narrow))]
         ),
@@ -180,6 +191,7 @@ def show(found: Forecast, console: "Console") -> None:
             ("disk", f"about {quantity(found.bundle_bytes + found.temporary_bytes)} during the export{_warn(found)}"),
             ("memory", f"about {quantity(found.memory_bytes)} at its peak"),
             ("served on a GPU", f"about {quantity(found.gpu_bytes)} of weights; {_card(found.gpu_bytes)}"),
+            ("without text encoders", f"about {quantity(found.offloaded_gpu_bytes)}; {_card(found.offloaded_gpu_bytes)}"),
         ],
     )
     rows = [
@@ -204,10 +216,13 @@ def show(found: Forecast, console: "Console") -> None:
                 quantity(one.bundle_bytes),
                 quantity(one.gpu_bytes),
                 _card(one.gpu_bytes),
+                quantity(one.offloaded_gpu_bytes),
+                _card(one.offloaded_gpu_bytes),
             )
             for one in found.alternatives
         ]
-        print_table(console, "in other precisions", ("precision", ">bundle", ">weights on a GPU", "fits"), sizes)
+        columns = ("precision", ">bundle", ">weights on a GPU", "fits", ">without text encoders", "fits")
+        print_table(console, "in other precisions", columns, sizes)
 
 
 def _survey_hub(options: ExportOptions, progress: Progress) -> tuple[Checkpoint, Contents]:
@@ -236,6 +251,11 @@ def _survey_hub(options: ExportOptions, progress: Progress) -> tuple[Checkpoint,
         raise ExportError(f"cannot read the sizes of {repo_id} from the hub: {first_line(error)}") from None
     checkpoint = Checkpoint(directory, tuple(files), layout, Source(repo_id=repo_id), kind)
     return checkpoint, Contents(headers, {item.path: item.size for item in found})
+
+
+def _without_text_encoders(parts: tuple[PartForecast, ...]) -> int:
+    """The bytes of weights on a GPU if those of text encoders stay in host memory."""
+    return sum(part.gpu_bytes for part in parts if not is_text_encoder(part.name))
 
 
 def _card(weights: int) -> str:

@@ -20,6 +20,7 @@ from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import ServerError
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.loader import Preparation
+from img2img_server.models.memory import Estimates
 from img2img_server.models.promotion import Candidate, Promotion
 from img2img_server.models.registry import ModelRegistry
 from img2img_server.models.residency import Health, Residency
@@ -258,7 +259,7 @@ def local(config: ServerConfig) -> LocalBackend:
         config.default_model,
         config.allow_unverified,
         config.residency,
-        loras=config.loras.folder is not None,
+        estimates=Estimates(config.loras.folder is not None, config.execution.offload != "none"),
     )
 
     def load_models() -> ModelRegistry:

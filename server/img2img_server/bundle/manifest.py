@@ -121,6 +121,11 @@ class Lora:
     digest: str
 
 
+def is_text_encoder(component: str) -> bool:
+    """Whether a component, or a graph of it, is a text encoder: diffusers names them so."""
+    return "text_encoder" in component
+
+
 def numbers_in_words(precision: str, weight_format: WeightFormat) -> str:
     """A precision with the format of quantized weights: "fp16, weights in int4"."""
     return f"{precision}, weights in {weight_format}" if weight_format else precision

@@ -16,7 +16,7 @@ from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipe
 from img2img_server.engine.warmup import Size, WarmUp
 from img2img_server.errors import OutOfMemory, ShuttingDown
 from img2img_server.models.cost_store import CostStore
-from img2img_server.models.memory import Meter, Reading, estimate, in_words, least_slots, let_go, measured, unopened, weight_bytes
+from img2img_server.models.memory import Meter, Reading, in_words, least_slots, let_go, unopened
 from img2img_server.models.registry import Hung, ModelRegistry, Stage
 from img2img_server.support.device_lock import DEVICE_IN_USE
 from img2img_server.support.threads import in_thread
@@ -138,7 +138,7 @@ class ModelLoader:
             await in_thread(lambda: self._ready(name, pipeline))
             await self._try(name, pipeline)
             grown = before.grown_to(await self.read(), pipeline.engine)
-            memory = measured(grown, weight_bytes(manifest), estimate(manifest, self._models.get(name).loras))
+            memory = self._models.get(name).estimates.measured(manifest, grown)
             self._arrived[name] = _Arrival(manifest, pipeline, memory)
             self._models.change(name, manifest=manifest, memory=memory, slots=least_slots(pipeline))
         except ShuttingDown:

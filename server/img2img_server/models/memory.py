@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from img2img_server.bundle.manifest import Manifest
+from img2img_server.bundle.manifest import Component, Manifest, is_text_encoder
 from img2img_server.engine.request import Pipeline
 from img2img_server.errors import ShuttingDown
 from img2img_server.support.device_lock import DEVICE_IN_USE
@@ -74,17 +74,11 @@ def resident_bytes() -> int:
 
 def _gpu_bytes() -> tuple[int, int] | None:
     """The used and free bytes of the GPU; None if PyTorch has not initialized CUDA, which the query would do."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    if not uses_gpu():
         return None
     with DEVICE_IN_USE:
-        free, total = torch.cuda.mem_get_info()
+        free, total = sys.modules["torch"].cuda.mem_get_info()
     return int(total - free), int(free)
-
-
-def weight_bytes(manifest: Manifest) -> int:
-    """The size of a bundle's weights in bytes."""
-    return sum(component.bytes for component in manifest.components)
 
 
 def session_bytes(weights: int) -> int:
@@ -92,10 +86,40 @@ def session_bytes(weights: int) -> int:
     return int(weights * _FACTOR)
 
 
-def estimate(manifest: Manifest, loras: bool = False) -> int:
-    """The estimated memory of a model in bytes, before its first load; with `loras` its LoRA graphs are opened, too."""
-    adapted = sum(component.bytes for component in manifest.components if loras and component.lora in manifest.files)
-    return session_bytes(weight_bytes(manifest) + adapted) + _FIXED
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """Estimates the memory of models in bytes on their device. With `loras` their LoRA graphs are opened, too; with `offloads`
+    the weights of text encoders are not on a GPU."""
+
+    loras: bool = False
+    offloads: bool = False
+
+    def weights(self, manifest: Manifest) -> int:
+        """The size of a bundle's weights."""
+        return sum(component.bytes for component in self._counted(manifest))
+
+    def memory(self, manifest: Manifest) -> int:
+        """A model's memory before its first load."""
+        adapted = sum(component.bytes for component in self._counted(manifest) if self.loras and component.lora in manifest.files)
+        return session_bytes(self.weights(manifest) + adapted) + _FIXED
+
+    def measured(self, manifest: Manifest, grown: int | None) -> int:
+        """A model's memory, from the growth while it was loaded."""
+        return measured(grown, self.weights(manifest), self.memory(manifest))
+
+    def _counted(self, manifest: Manifest) -> list[Component]:
+        offloads = self.offloads and uses_gpu()
+        return [component for component in manifest.components if not (offloads and is_text_encoder(component.name))]
+
+
+PLAIN = Estimates()
+"""Of a server without LoRAs and offload."""
+
+
+def uses_gpu() -> bool:
+    """Whether PyTorch has initialized CUDA, as the server does at its start if models may run on a GPU."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_available() and torch.cuda.is_initialized())
 
 
 def measured(grown: int | None, weights: int, estimated: int) -> int:
@@ -130,9 +154,8 @@ def bound_arenas() -> None:
 def give_back() -> None:
     """Returns unreferenced memory of Python, PyTorch and the C library to the system."""
     gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    if uses_gpu():
+        sys.modules["torch"].cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl and others have none
     if trim is not None:
         trim(0)

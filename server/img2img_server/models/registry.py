@@ -16,16 +16,7 @@ from img2img_server.bundle.manifest import Manifest, Source, read_manifest
 from img2img_server.config import PRELOAD_WORDS, ModelSettings
 from img2img_server.engine.request import Pipeline
 from img2img_server.errors import BundleError, InvalidField, ModelNotFound, OutOfMemory, PermissionDenied
-from img2img_server.models.memory import (
-    Meter,
-    ProcessMeter,
-    estimate,
-    in_words,
-    least_slots,
-    measured,
-    session_bytes,
-    weight_bytes,
-)
+from img2img_server.models.memory import PLAIN, Estimates, Meter, ProcessMeter, in_words, least_slots, measured, session_bytes
 from img2img_server.models.repository import BundleRepository, Load, bundle_id
 
 _log = logging.getLogger(__name__)
@@ -114,8 +105,8 @@ class Model:
 
     `bundle` is its folder. `engines` are its candidates and promoted engines. `loading` is set while it is loaded or exported.
     `memory` is its size in memory in bytes, now or when it was last loaded, 0 if unknown. `detail` says to callers what is being
-    done, or why it is not ready. `slots` is the memory of its least slots for LoRAs when it was last loaded. With `loras` its
-    LoRA graphs are opened, too.
+    done, or why it is not ready. `slots` is the memory of its least slots for LoRAs when it was last loaded. `estimates` is how
+    the server estimates models' memory.
     """
 
     id: str
@@ -128,7 +119,7 @@ class Model:
     memory: int = 0
     detail: str = ""
     slots: int = 0
-    loras: bool = False
+    estimates: Estimates = PLAIN
 
     @property
     def state(self) -> ModelState:
@@ -152,7 +143,12 @@ class Model:
     @property
     def estimated_memory(self) -> int:
         """Its memory in bytes by the sizes of its weights; 0 if they are unknown."""
-        return 0 if self.manifest is None else estimate(self.manifest, self.loras)
+        return 0 if self.manifest is None else self.estimates.memory(self.manifest)
+
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of its weights on its device; 0 if they are unknown."""
+        return 0 if self.manifest is None else self.estimates.weights(self.manifest)
 
     @property
     def slot_memory(self) -> int:
@@ -166,7 +162,7 @@ class ModelRegistry:
     A request without a reference means the default model, or the only one at start, apart from ControlNets.
 
     `folder` is the folder of bundles, None if
-    the models have no bundles. With `loras` the LoRA graphs of its bundles are opened, too.
+    the models have no bundles. `estimates` estimates their memory.
     """
 
     def __init__(
@@ -174,10 +170,10 @@ class ModelRegistry:
         models: Iterable[Model],
         default: str | None = None,
         folder: BundleRepository | None = None,
-        loras: bool = False,
+        estimates: Estimates = PLAIN,
     ) -> None:
         self._lock = threading.Lock()
-        self._loras = loras
+        self._estimates = estimates
         # Never changed, always replaced, so readers need no lock.
         self._models = _by_id(models)
         own = [model.id for model in self._models.values() if not model.is_controlnet]
@@ -196,7 +192,7 @@ class ModelRegistry:
         default: str | None = None,
         allow_unverified: bool = False,
         settings: ModelSettings | None = None,
-        loras: bool = False,
+        estimates: Estimates = PLAIN,
     ) -> "ModelRegistry":
         """A registry of all bundles in `folder`, or of `folder` itself if it is a bundle. Reads manifests and loads nothing.
 
@@ -208,13 +204,13 @@ class ModelRegistry:
         bundles = BundleRepository(folder, load, allow_unverified)
         if settings.allow_downloads and bundles.is_bundle:
             raise BundleError(f"{folder} is a bundle: downloads need a folder of bundles")
-        models = [_read(bundle, loras) for bundle in bundles.bundles()]
+        models = [_read(bundle, estimates) for bundle in bundles.bundles()]
         for entry, reason in bundles.others():
             _log.warning("%s is not served: it is %s", entry, reason)
         if not models and not settings.allow_downloads:
             made = f"make one with `img2img export MODEL --output {folder / 'NAME'}`"
             raise BundleError(f"models: {folder} has no bundle: {made}")
-        store = cls(models, default, bundles, loras)
+        store = cls(models, default, bundles, estimates)
         _chosen(settings.preload, store._models, store.default)
         store.check_any(settings)
         return store
@@ -304,8 +300,8 @@ class ModelRegistry:
         found = None if self.folder is None else self.folder.find(name)
         if found is None:
             return False
-        read = _read(found, self._loras)
-        values = {"problem": read.problem, "detail": read.detail, "bundle": found, "loading": False, "loras": read.loras}
+        read = _read(found, self._estimates)
+        values = {"problem": read.problem, "detail": read.detail, "bundle": found, "loading": False, "estimates": read.estimates}
         self.change(name, manifest=read.manifest, **values)
         _log.info("model '%s' was found", name)
         return True
@@ -367,7 +363,7 @@ class ModelRegistry:
             self.fail(model.id, Stage.LOADING, error)
             return
         grown = before.grown_to(meter.read(), pipeline.engine)
-        memory = measured(grown, weight_bytes(manifest), estimate(manifest, model.loras))
+        memory = model.estimates.measured(manifest, grown)
         values = {"memory": memory, "slots": least_slots(pipeline), "problem": "", "detail": ""}
         self.change(model.id, manifest=manifest, pipeline=pipeline, **values)
         seconds = time.monotonic() - begun
@@ -406,15 +402,15 @@ def _by_id(models: Iterable[Model]) -> dict[str, Model]:
     return found
 
 
-def _read(bundle: Path, loras: bool) -> Model:
+def _read(bundle: Path, estimates: Estimates) -> Model:
     """Reads a bundle's manifest."""
     name = bundle_id(bundle)
     try:
-        return Model(name, read_manifest(bundle), bundle=bundle, loras=loras)
+        return Model(name, read_manifest(bundle), bundle=bundle, estimates=estimates)
     except BundleError as error:
         failure = Failure.of(error, Stage.READING, bundle)
         _log.error("model '%s' cannot be served: %s", name, failure.problem)
-        return Model(name, problem=failure.problem, bundle=bundle, detail=failure.detail, loras=loras)
+        return Model(name, problem=failure.problem, bundle=bundle, detail=failure.detail, estimates=estimates)
 
 
 def _agrees(model: Model, wanted: Source) -> bool:

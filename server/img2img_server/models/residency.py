@@ -29,7 +29,7 @@ from img2img_server.errors import (
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.downloads import EXPORTER, Backoff, Downloads
 from img2img_server.models.loader import ModelLoader
-from img2img_server.models.memory import Meter, ProcessMeter, in_words, session_bytes, unopened, weight_bytes
+from img2img_server.models.memory import Meter, ProcessMeter, in_words, session_bytes, unopened
 from img2img_server.models.registry import WHY, Model, ModelRegistry, ModelState
 from img2img_server.support.call import current
 from img2img_server.support.threads import in_thread
@@ -322,9 +322,8 @@ class Residency:
 
     async def _evict_for(self, name: str) -> bool:
         """Evicts the least recently used idle model. Returns False if there is none, or `name` is larger than the GPU."""
-        victim, reading = self._least_recently_used(name), await self._loader.read()
-        manifest = self._models.get(name).manifest
-        too_large = reading.gpu_total is not None and manifest is not None and weight_bytes(manifest) > reading.gpu_total
+        victim, reading, model = self._least_recently_used(name), await self._loader.read(), self._models.get(name)
+        too_large = reading.gpu_total is not None and model.weight_bytes > reading.gpu_total
         if victim is None or too_large:
             return False
         _log.info("model '%s' is evicted to load '%s'", victim, name)

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from img2img_server.bundle.manifest import is_text_encoder
 from img2img_server.settings.setting import check, setting
 
 PROVIDERS = ("tensorrt", "cuda", "openvino", "cpu")
 """Names of execution providers, best first."""
 
 Arithmetic = Literal["auto", "fp32"]
+Offload = Literal["none", "text-encoders"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,8 @@ class Execution:
     if the reference images still pass; with "fp32" it may not. `buckets` are the shapes to prepare for, None for the provider's
     default, () for none. `gpu_memory` bounds ONNX Runtime's arena in bytes, None for no bound. `cuda_graphs` records calls of
     common shapes and replays them. `vae_memory` bounds the estimated memory of one VAE call in bytes, None for the default of
-    common/vae.py. `compile` runs torch modules through torch.compile. `cache` is the folder of built engines, compiled graphs
-    and measurements.
+    common/vae.py. With `offload` "text-encoders" their weights stay in host memory, if the model runs on a GPU. `compile` runs
+    torch modules through torch.compile. `cache` is the folder of built engines, compiled graphs and measurements.
     """
 
     provider: str = setting(
@@ -93,6 +95,13 @@ class Execution:
     cuda_graphs: bool = setting(
         True, "record model calls of common sizes as CUDA graphs and replay them, instead of launching each kernel"
     )
+    offload: Offload = setting(
+        "none",
+        "text-encoders: keep the weights of text encoders in host memory, for a GPU that cannot hold them beside the denoiser. "
+        "Text encoders that are graphs then run on the CPU; those that run in PyTorch are copied to the GPU layer by layer, each "
+        "time a new text is encoded",
+        choices=("none", "text-encoders"),
+    )
     compile: bool = setting(
         False, "use torch.compile for models that run in PyTorch: faster steps, but start takes minutes longer"
     )
@@ -112,3 +121,7 @@ class Execution:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def offloads(self, component: str) -> bool:
+        """Whether the weights of a component, or of a graph of it, stay in host memory."""
+        return self.offload == "text-encoders" and is_text_encoder(component)

@@ -182,7 +182,8 @@ def assemble(
     slots = 0 if loras is None or family_of(manifest) is None else loras.slots
     components = Components(
         bundle, manifest, make, provider=provider, device=tensors, tensors=tensors, vae_memory=memory, lora_slots=slots,
-        light=LIGHT if family_of(manifest) is not None else {}, compiles=execution.compile,
+        light=LIGHT if family_of(manifest) is not None else {}, compiles=execution.compile, offloads=execution.offloads,
+        is_stepped=family_of(manifest) is not None,
     )  # fmt: skip
     engine = f"{manifest.backend}:{provider}"
     if manifest.family == FAMILY:
@@ -247,7 +248,7 @@ def _load_torch(bundle: Path, manifest: Manifest, execution: Execution, threads:
         why = manifest.backend_reason or "the bundle has no graphs"
         _log.info("%s: runs in PyTorch on %s in %s, %d threads: %s", bundle.name, device, dtype, threads, why)
         try:
-            pipe = torch_pipeline(bundle, manifest, device, dtype)
+            pipe = torch_pipeline(bundle, manifest, device, dtype, execution.offloads)
         except BundleError as error:
             if device == "cuda" and is_out_of_memory(error):
                 raise OutOfMemory(f"not enough GPU memory for {bundle.name}: {last_line(error)}") from error

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from img2img_server.runtime.common import clip_tokenizer
 from img2img_server.runtime.common.clip_tokenizer import LightCLIPTokenizer
 from img2img_server.runtime.common.diffusers_import import diffusers
 from img2img_server.runtime.common.fp32_compute import compute_in_fp32
+from img2img_server.runtime.common.offload import offload
 from img2img_server.runtime.common.processors import loadable
 from img2img_server.runtime.common.weight_budget import within
 from img2img_server.runtime.lora.graph import AdaptedGraph, Unadapted
@@ -43,7 +44,9 @@ class Components:
     tensors and torch modules: "cpu" or "cuda". A VAE call takes at most `vae_memory` bytes, None for no bound. With
     `lora_slots` LoRA graphs are opened, too, for so many different LoRAs in a call. `light` has pipelines that replace diffusers'
     classes (diffusion/light.py), by their names. torch modules keep their weights in the bundle's precision and compute in fp32;
-    with `compiles` (torch.compile, which cannot have that) their weights are fp32.
+    with `compiles` (torch.compile, which cannot have that) their weights are fp32. On a GPU the weights of components of which
+    `offloads` is true stay in host memory. If the engine steps the pipeline (`is_stepped`), nothing reads the logits of text
+    encoders in PyTorch, and they are not computed: for Qwen3-4B a tenth of the products.
     """
 
     bundle: Path
@@ -56,6 +59,8 @@ class Components:
     lora_slots: int = 0
     light: Mapping[str, Any] = field(default_factory=dict)
     compiles: bool = False
+    is_stepped: bool = False
+    offloads: Callable[[str], bool] = lambda name: False
 
     def pipeline(self) -> Any:
         """Builds the manifest's img2img class from the bundle's components. Raises BundleError if one does not fit."""
@@ -108,12 +113,21 @@ class Components:
             if library == "transformers":
                 return OnnxTextEncoder(self._graph(name), folder, self.device, read_config(folder) if light else None)
             return OnnxDenoiser(self._graph(name), folder, self.device, self._light_graph(name), self._control(name))
-        return _load(component_class(library, class_name), folder, self._stored(name))
+        is_offloaded = self.device == "cuda" and self.offloads(name)
+        loaded = _load(component_class(library, class_name), folder, self._stored(name, is_offloaded))
+        if isinstance(loaded, torch.nn.Module):
+            if self.is_stepped and isinstance(getattr(loaded, "lm_head", None), torch.nn.Linear):
+                loaded.lm_head = _NoLogits()
+            if is_offloaded:
+                offload(loaded, self.device, in_fp32=True)
+            else:
+                compute_in_fp32(loaded)
+        return loaded
 
-    def _stored(self, name: str) -> torch.dtype:
+    def _stored(self, name: str, is_offloaded: bool) -> torch.dtype:
         """The type that the weights of a torch module are kept in."""
         component = next((item for item in self.manifest.components if item.name == name), None)
-        if component is None or self.compiles:
+        if component is None or (self.compiles and not is_offloaded):
             return torch.float32
         return _DTYPES.get(component.precision, torch.float32)
 
@@ -159,8 +173,12 @@ class Components:
         try:
             return self._adapted(component, f"{name}/{_GRAPH}", "" if component is None else component.lora)
         except BundleError as error:
-            if component is not None and component.precision == "bf16" and self.provider in ("cpu", "openvino"):
-                raise BundleError(f"{self.bundle / name} is bf16, and bf16 graphs need a GPU: {error}") from error
+            if component is not None and component.precision == "bf16":
+                if self.provider in ("cpu", "openvino"):
+                    raise BundleError(f"{self.bundle / name} is bf16, and bf16 graphs need a GPU: {error}") from error
+                if self.offloads(name):
+                    how = "export it with --precision fp16 or --backend hybrid, or serve it without --offload"
+                    raise BundleError(f"{self.bundle / name} is bf16, and offloaded graphs run on the CPU: {how}") from error
             raise
 
     def _light_graph(self, name: str) -> Graph | None:
@@ -181,6 +199,7 @@ class Components:
         """Opens the graph `path` of the bundle, with its LoRA graph if LoRAs are enabled and there is one that opens."""
         name = path.partition("/")[0]
         runner = self.make(name, self.bundle / path)
+        tensors = "cpu" if self.offloads(name) else self.tensors
         if component is not None and self.lora_slots and lora in self.manifest.files:
             # Graphs on other providers differ in their last bits, so rows without LoRAs stay in the plain graph.
             mixes = self.provider in ("cpu", "cuda")
@@ -189,8 +208,16 @@ class Components:
             except BundleError as error:
                 _log.warning("%s; requests cannot have LoRAs that adapt the %s", error, name)
             else:
-                return AdaptedGraph(runner, adapted, name, self.lora_slots, self.tensors, mixes)
-        return Graph(runner, self.tensors)
+                return AdaptedGraph(runner, adapted, name, self.lora_slots, tensors, mixes)
+        return Graph(runner, tensors)
+
+
+class _NoLogits(torch.nn.Module):
+    """In place of a language model's last layer."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Of states [B, T, D] none, [B, T, 0]."""
+        return states[..., :0]
 
 
 def read_index(bundle: Path) -> dict[str, Any]:
@@ -235,8 +262,7 @@ def component_class(library: str, class_name: str) -> Any:
 
 
 def _load(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """Loads an object of a diffusers or transformers class from a folder; models from safetensors, with weights in `dtype`, to
-    compute in float32."""
+    """Loads an object of a diffusers or transformers class from a folder; models from safetensors, with weights in `dtype`."""
     try:
         kind = loadable(kind)
     except ImportError as error:
@@ -251,9 +277,6 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
         if inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin):
             return building.read(kind, folder)
         with within(folder.glob("*.safetensors")):
-            loaded = kind.from_pretrained(folder, **settings)
+            return kind.from_pretrained(folder, **settings)
     except LOAD_ERRORS as error:
         raise BundleError(f"{folder} does not load: {error}") from error
-    if isinstance(loaded, torch.nn.Module):
-        compute_in_fp32(loaded)
-    return loaded

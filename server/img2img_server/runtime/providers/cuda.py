@@ -99,7 +99,10 @@ class _Runners:
     shared: SharedWeights | None
 
     def make(self, name: str, graph: Path) -> Runner:
-        """Opens a graph, over weights that others use, too, if it does. Raises BundleError."""
+        """Opens a graph, over weights that others use, too, if it does. One that is offloaded is opened on the CPU. Raises
+        BundleError."""
+        if self.execution.offloads(name):
+            return HostRunner(self.open_graph(graph, SessionOptions("cpu", self.threads, lean=True)))
         weights = {} if self.shared is None else self.shared.of(graph)
         try:
             runner = self._best(name, graph, weights)

@@ -1,5 +1,6 @@
 """Loads models in PyTorch: device, dtype and memory format. CUDA is not yet run on a GPU."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from img2img_server.bundle.manifest import Manifest
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common import cpu
+from img2img_server.runtime.common.offload import offload
+from img2img_server.runtime.common.pipe import parts as parts_of
 from img2img_server.runtime.common.processors import processors
 from img2img_server.runtime.common.weight_budget import within
 from img2img_server.runtime.execution import Execution
@@ -17,8 +20,15 @@ _BFLOAT16_SINCE = (8, 0)
 """The first compute capability of NVIDIA GPUs with bfloat16: Ampere."""
 
 
-def torch_pipeline(bundle: Path, manifest: Manifest, device: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The manifest's img2img class with all parts in torch, on `device` and in `dtype`. Raises BundleError.
+def torch_pipeline(
+    bundle: Path,
+    manifest: Manifest,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    offloads: Callable[[str], bool] = lambda name: False,
+) -> Any:
+    """The manifest's img2img class with all parts in torch, on `device` and in `dtype`. On a GPU the weights of components of
+    which `offloads` is true stay in host memory. Raises BundleError.
 
     A VAE with force_upcast in its configuration is computed in float32 only by classes that check it, so in a smaller dtype the
     caller must run the accuracy check.
@@ -32,11 +42,20 @@ def torch_pipeline(bundle: Path, manifest: Manifest, device: str, dtype: torch.d
         with within(bundle.rglob("*.safetensors")):
             parts = dict.fromkeys(left_out) | processors(bundle, kinds)
             pipe = kind.from_pretrained(str(bundle), use_safetensors=True, local_files_only=True, torch_dtype=dtype, **parts)
+        if device == "cuda":
+            _offload(pipe, device, offloads)
         pipe.to(device)
     except LOAD_ERRORS as error:
         raise BundleError(f"{bundle} does not load: {error}") from error
     lay_out(pipe)
     return pipe
+
+
+def _offload(pipe: Any, device: str, offloads: Callable[[str], bool]) -> None:
+    for inner in parts_of(pipe):
+        for name, module in getattr(inner, "components", {}).items():
+            if isinstance(module, torch.nn.Module) and offloads(name):
+                offload(module, device)
 
 
 def _is_component(entry: Any) -> bool:
