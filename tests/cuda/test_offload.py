@@ -40,7 +40,8 @@ class Block(torch.nn.Module):
         self.layer = torch.nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return states + self.layer(states)
+        changed: torch.Tensor = self.layer(states)
+        return states + changed
 
 
 def stack() -> torch.nn.Sequential:

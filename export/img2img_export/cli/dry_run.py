@@ -221,8 +221,8 @@ def show(found: Forecast, console: "Console") -> None:
             )
             for one in found.alternatives
         ]
-        columns = ("precision", ">bundle", ">weights on a GPU", "fits", ">without text encoders", "fits")
-        print_table(console, "in other precisions", columns, sizes)
+        names = ("precision", ">bundle", ">weights on a GPU", "fits", ">without text encoders", "fits")
+        print_table(console, "in other precisions", names, sizes)
 
 
 def _survey_hub(options: ExportOptions, progress: Progress) -> tuple[Checkpoint, Contents]:
