@@ -173,8 +173,7 @@ def test_openvino_load_failure_is_reported() -> None:
     [(["CPU"], ""), (["CPU", "GPU"], ""), (["GPU"], "it does not support this CPU"), ([], "it does not support this CPU")],
 )
 def test_openvino_requires_a_supported_cpu(devices: list[str], problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = SimpleNamespace(Core=lambda: SimpleNamespace(available_devices=devices))
-    monkeypatch.setattr(providers, "load_openvino", lambda: found)
+    monkeypatch.setattr(providers, "openvino_core", lambda: SimpleNamespace(available_devices=devices))
     assert probe("openvino").problem == problem
 
 

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from img2img_server.bundle.controls import FAMILY
-from img2img_server.bundle.manifest import Precision, Source, WeightFormat, is_text_encoder, numbers_in_words
+from img2img_server.bundle.manifest import (
+    WEIGHT_BYTES,
+    Precision,
+    Source,
+    WeightFormat,
+    is_text_encoder,
+    numbers_in_words,
+)
 
 from img2img_export.cli.terminal import quantity
 from img2img_export.errors import ExportError, first_line
@@ -20,7 +27,7 @@ from img2img_export.read.checkpoint import CONFIG_NAME, DENOISERS, INDEX_NAME, c
 from img2img_export.read.hub import download
 from img2img_export.read.source import Checkpoint, resolve
 from img2img_export.read.texts import read_json
-from img2img_export.read.weights import WIDTHS, Contents, Header, Weights, is_graph, read_contents, weigh
+from img2img_export.read.weights import Contents, Header, Weights, is_graph, read_contents, weigh
 from img2img_export.report import print_facts, print_line, print_table
 
 if TYPE_CHECKING:
@@ -283,16 +290,16 @@ def _forecast_part(
             products, reason = products // 2, "only its decoder is in int8"
         size = products + 4 * (weights.parameters - products)
     else:
-        size = WIDTHS[precision] * weights.parameters
+        size = WEIGHT_BYTES[precision] * weights.parameters
     narrow: WeightFormat = ""
     if options.weight_format and is_graph and name.startswith(("transformer", "text_encoder")):
         narrow = options.weight_format
-        size -= round(weights.products * (WIDTHS[precision] - _narrow_width(WIDTHS[precision], options)))
+        size -= round(weights.products * (WEIGHT_BYTES[precision] - _narrow_width(WEIGHT_BYTES[precision], options)))
     elif options.weight_format and name.startswith((*DENOISERS, "text_encoder")):
         reason = reason or "--weight-format applies only to the graphs of transformers and text encoders"
     on_gpu = size
     if plan.backend == "torch":
-        on_gpu = WIDTHS["bf16"] * weights.parameters  # PyTorch runs in half precision on a GPU
+        on_gpu = WEIGHT_BYTES["bf16"] * weights.parameters  # PyTorch runs in half precision on a GPU
     if precision == "fp16" and is_graph and part in _FUSED:
         size *= 2  # The second graph, with fused CUDA operators, has its own weights.
     backend = "onnx" if is_graph else "torch"
@@ -306,7 +313,7 @@ def _narrow_width(width: int, options: ExportOptions) -> float:
 
 
 def _in_memory(part: PartForecast) -> int:
-    return part.parameters * max(WIDTHS.get(part.stored, 1), WIDTHS.get(part.precision, 1))
+    return part.parameters * max(WEIGHT_BYTES.get(part.stored, 1), WEIGHT_BYTES.get(part.precision, 1))
 
 
 def _is_upcast(config: Path) -> bool:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from img2img_server.bundle.manifest import WEIGHT_BYTES
+
 from img2img_export.read.checkpoint import DENOISERS
 from img2img_export.read.source import Checkpoint
 from img2img_export.read.weights_file import is_safetensors, read_header
@@ -30,8 +32,6 @@ Header = Mapping[str, Tensor]
 """A safetensors file's tensors by name."""
 
 _PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-WIDTHS = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
-"""Bytes per number. Other precisions in files (fp8) have one byte."""
 
 _PREFIXES = (
     ("model.diffusion_model.", DENOISERS),
@@ -110,7 +110,7 @@ def _sum_up(tensors: Iterable[Tensor]) -> Weights:
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + size
         products += size if len(tensor.shape) in (2, 4) else 0
     most = max(counts, key=lambda kind: counts[kind])
-    size = sum(count * WIDTHS.get(_PRECISIONS.get(kind, ""), 1) for kind, count in counts.items())
+    size = sum(count * WEIGHT_BYTES.get(_PRECISIONS.get(kind, ""), 1) for kind, count in counts.items())
     return Weights(sum(counts.values()), products, _PRECISIONS.get(most, most.lower()), size)
 
 

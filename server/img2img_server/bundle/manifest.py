@@ -27,6 +27,9 @@ HEAD_NAME, BODY_NAME = "head.onnx", "body.onnx"
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 """Precision of a graph's weights and computation."""
 
+WEIGHT_BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+"""Bytes of a weight by its precision; files may have fp64, too."""
+
 WeightFormat = Literal["", "int8", "int4"]
 """How the matrices of transformers and text encoders are stored: "" in their graph's precision, else in so many bits (weight-only
 quantization). Products compute in the graph's precision."""

@@ -35,20 +35,12 @@ _DIGEST_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The size of a decoded source as its model gets it, the digest of its pixels, and the size of the result."""
+    """The size of a decoded image as its model gets it, the digest of its pixels, and the size of the result; for a reference
+    image, that of its file."""
 
     size: tuple[int, int]
     digest: bytes
-    result_size: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedReference:
-    """The size of a reference image as its model gets it, the digest of its pixels, and its own size."""
-
-    size: tuple[int, int]
-    digest: bytes
-    source_size: tuple[int, int]
+    other_size: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +86,7 @@ class LoadReference(_Decoding):
 
     pixels_left: int
 
-    def run(self, data: bytes, reserve: Reserve) -> tuple[LoadedReference, bytes]:
+    def run(self, data: bytes, reserve: Reserve) -> tuple[Loaded, bytes]:
         """Returns sizes and digest, and the raw RGB pixels. Raises InvalidField or ImageMemoryFull."""
         _check_structure(data, self.limits, self.field, reserve)
         source = images.header_size(data, self.limits, self.field)
@@ -104,7 +96,7 @@ class LoadReference(_Decoding):
         _reserve_pixels(data, source[0] * source[1], reserve)
         image = images.prepare(images.decode(data, self.limits, self.field), source, EDITED, self.limits)
         pixels = image.tobytes()
-        return LoadedReference(image.size, digest_of(image.size, pixels), source), pixels
+        return Loaded(image.size, digest_of(image.size, pixels), source), pixels
 
 
 @dataclass(frozen=True, slots=True)

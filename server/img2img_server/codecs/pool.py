@@ -32,7 +32,6 @@ from img2img_server.codecs.jobs import (
     JobDone,
     JobFailed,
     Loaded,
-    LoadedReference,
     LoadImage,
     LoadMask,
     LoadReference,
@@ -418,14 +417,7 @@ class Codecs:
 
         Raises InvalidField or ImageMemoryFull.
         """
-
-        async def unpack(value: object, file: int | None) -> tuple[Image.Image, bytes, tuple[int, int]]:
-            assert isinstance(value, LoadedReference), "the result of LoadReference"
-            assert file is not None, "an image has pixels"
-            width, height = value.size
-            return await self._copy(width * height * 3, _image_of, value.size, file), value.digest, value.source_size
-
-        return await self._decode(data, job, unpack)
+        return await self._decode(data, job, self._loaded)
 
     async def load_mask(self, data: bytes, job: LoadMask) -> tuple[Image.Image, bytes]:
         """Decodes a request's mask. Returns it in mode L, and its digest. Raises InvalidField or ImageMemoryFull."""
@@ -478,10 +470,10 @@ class Codecs:
             raise InvalidField(job.field, _reason(error)) from None
 
     async def _loaded(self, value: object, file: int | None) -> tuple[Image.Image, bytes, tuple[int, int]]:
-        assert isinstance(value, Loaded), "the result of Load"
+        assert isinstance(value, Loaded), "the result of LoadImage and LoadReference"
         assert file is not None, "an image has pixels"
         width, height = value.size
-        return await self._copy(width * height * 3, _image_of, value.size, file), value.digest, value.result_size
+        return await self._copy(width * height * 3, _image_of, value.size, file), value.digest, value.other_size
 
     async def _encoded(self, value: object, file: int | None) -> bytes:
         assert file is not None, "a file has bytes"

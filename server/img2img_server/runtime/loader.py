@@ -10,7 +10,7 @@ import torch
 
 from img2img_server.bundle.controls import FAMILY
 from img2img_server.bundle.files import read_json
-from img2img_server.bundle.manifest import Manifest, Precision, TensorSpec
+from img2img_server.bundle.manifest import WEIGHT_BYTES, Manifest, Precision, TensorSpec
 from img2img_server.bundle.unsafe_files import refuse_unsafe
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline
@@ -72,8 +72,6 @@ _ONCE_WHOLE = {"StableDiffusion3Img2ImgPipeline": "stable-diffusion-3", "FluxImg
 _FEW_BYTES = 2**28
 """If torch's tensors on the GPU take less than this, no other model is loaded there."""
 
-_WIDTHS = {"fp16": 2, "bf16": 2, "int8": 1}
-"""Bytes of a weight, 4 in other precisions."""
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -376,4 +374,4 @@ def _controls(
 def _parameters(manifest: Manifest, component: str) -> float:
     """The number of weights of a component, about."""
     part = next(part for part in manifest.components if part.name == component)
-    return max(part.bytes, 1) / _WIDTHS.get(part.precision, 4)
+    return max(part.bytes, 1) / WEIGHT_BYTES.get(part.precision, 4)

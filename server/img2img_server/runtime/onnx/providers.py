@@ -115,12 +115,18 @@ def _probe_openvino() -> Probe:
     if importlib.util.find_spec("openvino") is None:
         return Probe("openvino", problem=f"it is not installed ({install_hint('openvino')})")
     try:
-        devices = load_openvino().Core().available_devices
+        devices = openvino_core().available_devices
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return Probe("openvino", problem=f"it does not load: {_first_line(error)}")
     if "CPU" not in devices:
         return Probe("openvino", problem="it does not support this CPU")
     return Probe("openvino", detail=importlib.metadata.version("openvino"))
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's core, one for the process. The first call is the probe's. Raises what `load_openvino` and the core raise."""
+    return load_openvino().Core()
 
 
 def load_openvino() -> Any:

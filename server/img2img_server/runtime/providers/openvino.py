@@ -22,7 +22,7 @@ from img2img_server.errors import BundleError
 from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Bucket, Execution
 from img2img_server.runtime.onnx.graph_sizes import Shapes, Sizes, shapes_of, try_on_zeros
-from img2img_server.runtime.onnx.providers import load_openvino
+from img2img_server.runtime.onnx.providers import openvino_core
 from img2img_server.runtime.onnx.runners import (
     CONTROL_RUNNER,
     LIGHT_RUNNER,
@@ -35,9 +35,6 @@ from img2img_server.runtime.onnx.runners import (
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions
 
 _log = logging.getLogger(__name__)
-
-_LOCK = threading.Lock()
-_core: Any = None
 
 _GROWTH = {"fp32": 1.1, "fp16": 4.0, "bf16": 4.0}
 """Memory of a compiled graph as a multiple of its weights' bytes: OpenVINO keeps a copy in its kernels' layout, and a float32
@@ -130,10 +127,10 @@ class Compiler:
     def __call__(self, graph: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> OpenVinoRunner:
         """Compiles the file `graph`, with these shapes of its inputs or for any. Raises BundleError."""
         try:
-            model = core().read_model(graph)
+            model = openvino_core().read_model(graph)
             if shapes:
                 model.reshape({name: list(shape) for name, shape in shapes.items()})
-            return OpenVinoRunner(core().compile_model(model, "CPU", self._settings))
+            return OpenVinoRunner(openvino_core().compile_model(model, "CPU", self._settings))
         except RuntimeError as error:
             raise BundleError(f"{graph} does not compile in OpenVINO: {_last_line(error)}") from error
 
@@ -233,17 +230,8 @@ def runners(
 
 def arithmetic(execution: Execution) -> str:
     """OpenVINO's precision on this machine: "bf16" if the CPU multiplies it and `execution` allows it, else "f32"."""
-    able = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    able = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return "bf16" if execution.arithmetic == "auto" and able and cpu.multiplies_bfloat16() else "f32"
-
-
-def core() -> Any:
-    """OpenVINO's core, one for the process."""
-    global _core
-    with _LOCK:
-        if _core is None:
-            _core = load_openvino().Core()
-        return _core
 
 
 def prune(folder: Path, most: int = _MOST_CACHED) -> None:
