@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,32 @@ _FEW_BYTES = 2**28
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """What is loaded, and how: the bundle in a directory, and its manifest, which was read and checked before.
+
+    `cache` keeps encoded prompts and images; several pipelines may share one. `loras` are the LoRAs that requests may name, None
+    for none. `controlnets` are the ControlNets in memory, to which a bundle of one is added.
+    """
+
+    bundle: Path
+    manifest: Manifest
+    execution: Execution = field(default_factory=Execution)
+    cache: Cache = field(default_factory=lambda: Cache(0))
+    loras: LoraSettings | None = None
+    controlnets: ControlNets | None = None
+
+    @property
+    def threads(self) -> int:
+        """The number of CPU threads of one call."""
+        return self.execution.threads or cpu.count()
+
+    @property
+    def family(self) -> type[SteppedPipeline] | None:
+        """The family that steps the bundle, None for one that runs whole."""
+        return family_of(self.manifest)
+
+
 def load_pipeline(
     bundle: Path,
     manifest: Manifest,
@@ -85,57 +111,38 @@ def load_pipeline(
     loras: LoraSettings | None = None,
     controlnets: ControlNets | None = None,
 ) -> Pipeline:
-    """Loads the bundle in the directory `bundle`, whose manifest was read and checked before.
+    """Loads a bundle; `Loading` has the arguments that are not described here.
 
-    `execution` says how to run it, None for the defaults. `cache` keeps encoded prompts and images; several pipelines may share
-    one. `open_graph` opens ONNX files; `keep` wraps the function that makes runners for a GPU or the CPU, to keep references to
-    them. `loras` are the LoRAs that requests may name, None for none. `controlnets` are the ControlNets in memory, to which a
-    bundle of one is added.
+    `execution` says how to run it, None for the defaults. `open_graph` opens ONNX files; `keep` wraps the function that makes
+    runners for a GPU or the CPU, to keep references to them.
     Raises BundleError if the bundle does not fit this server or the provider is not available, OutOfMemory if the GPU is full.
     """
     refuse_unsafe(bundle)
-    execution = execution or Execution()
-    threads = execution.threads or cpu.count()
-    cache = cache or Cache(0)
+    loading = Loading(bundle, manifest, execution or Execution(), cache or Cache(0), loras, controlnets)
     if manifest.backend == "torch":
-        return _load_torch(bundle, manifest, execution, threads, cache)
-    choice = choose(execution.provider)
+        return _load_torch(loading)
+    choice = choose(loading.execution.provider)
     if manifest.family == FAMILY and choice.provider == "openvino":
         choice = replace(choice, provider="cpu", detail="")  # as control graphs are
-    return _load_graphs(bundle, manifest, execution, threads, cache, choice, open_graph, keep, loras, controlnets)
+    return _load_graphs(loading, choice, open_graph, keep)
 
 
-def _load_graphs(
-    bundle: Path,
-    manifest: Manifest,
-    execution: Execution,
-    threads: int,
-    cache: Cache,
-    choice: Choice,
-    open_graph: Open,
-    keep: Callable[[Make], Make],
-    loras: LoraSettings | None,
-    controlnets: ControlNets | None,
-) -> Pipeline:
+def _load_graphs(loading: Loading, choice: Choice, open_graph: Open, keep: Callable[[Make], Make]) -> Pipeline:
     """Loads an ONNX bundle on the chosen provider; if the provider is "auto" and the GPU does not run the bundle, on the CPU."""
+    bundle, manifest, execution = loading.bundle, loading.manifest, loading.execution
     placement = Placement(bundle, manifest, choice, open_graph)
     if choice.provider == "openvino":
-        ways: dict[str, Callable[[], Pipeline]] = {
-            "onnx:openvino": lambda: _load_openvino(bundle, manifest, execution, threads, cache, placement, loras, controlnets)
-        }
+        ways: dict[str, Callable[[], Pipeline]] = {"onnx:openvino": lambda: _load_openvino(loading, placement)}
         if execution.provider == "auto":
             on_cpu = replace(choice, provider="cpu", detail="")
-            exact = lambda: _load_graphs(  # noqa: E731
-                bundle, manifest, execution, threads, cache, on_cpu, open_graph, keep, loras, controlnets
-            )
-            ways = {"onnx:cpu": exact, **ways}
-        return measured_choice.fastest(bundle, manifest, execution, threads, ways)
+            ways = {"onnx:cpu": lambda: _load_graphs(loading, on_cpu, open_graph, keep), **ways}
+        return measured_choice.fastest(bundle, manifest, execution, loading.threads, ways)
     # An opaque pipeline uses several threads, and recorded calls belong to one thread.
-    graphs = execution.cuda_graphs and (family_of(manifest) is not None or manifest.family == FAMILY)
+    graphs = execution.cuda_graphs and (loading.family is not None or manifest.family == FAMILY)
     try:
-        make, provider, tensors = _runners(choice, replace(execution, cuda_graphs=graphs), threads, placement.open, Sizes(bundle))
-        logged = keep(placement.logged(make))
-        return assemble(bundle, manifest, logged, provider, tensors, threads, cache, execution, loras, controlnets)
+        recording = replace(execution, cuda_graphs=graphs)
+        make, provider, tensors = _runners(choice, recording, loading.threads, placement.open, Sizes(bundle))
+        return assemble(loading, keep(placement.logged(make)), provider, tensors)
     except BundleError as error:
         if choice.provider == "cpu":
             raise
@@ -147,7 +154,7 @@ def _load_graphs(
         _log.warning("%s: runs on the CPU, not on the GPU: %s", bundle.name, why)
         declined = (*choice.declined, Probe(choice.provider, problem=why))
         choice = Choice("cpu", declined=declined)
-    return _load_graphs(bundle, manifest, execution, threads, cache, choice, open_graph, keep, loras, controlnets)
+    return _load_graphs(loading, choice, open_graph, keep)
 
 
 def _is_shared(bundle: Path) -> bool:
@@ -156,37 +163,23 @@ def _is_shared(bundle: Path) -> bool:
     return others or (torch.cuda.is_available() and torch.cuda.memory_allocated() > _FEW_BYTES)
 
 
-def assemble(
-    bundle: Path,
-    manifest: Manifest,
-    make: Make,
-    provider: str,
-    tensors: str,
-    threads: int,
-    cache: Cache,
-    execution: Execution | None = None,
-    loras: LoraSettings | None = None,
-    controlnets: ControlNets | None = None,
-) -> Pipeline:
+def assemble(loading: Loading, make: Make, provider: str, tensors: str) -> Pipeline:
     """Builds a pipeline of the bundle's graphs, with the runners that `make` makes.
 
     `provider` is the name reported in results; it also selects between a graph and its fused variant (components.py). `tensors`,
     "cpu" or "cuda", is where the runners expect tensors, and where the latents and a hybrid's torch modules are placed.
-    `execution` says whether torch modules are compiled, and the VAE's memory. `loras` and `controlnets` are those of requests.
     Raises BundleError.
     """
-    execution = execution or Execution()
-    memory = most_memory(execution, tensors)
-    slots = 0 if loras is None or family_of(manifest) is None else loras.slots
+    manifest, execution, is_stepped = loading.manifest, loading.execution, loading.family is not None
     components = Components(
-        bundle, manifest, make, provider=provider, device=tensors, tensors=tensors, vae_memory=memory, lora_slots=slots,
-        light=LIGHT if family_of(manifest) is not None else {}, compiles=execution.compile, offloads=execution.offloads,
-        is_stepped=family_of(manifest) is not None,
+        loading.bundle, manifest, make, provider=provider, device=tensors, tensors=tensors,
+        vae_memory=most_memory(execution, tensors), lora_slots=loading.loras.slots if loading.loras and is_stepped else 0,
+        light=LIGHT if is_stepped else {}, compiles=execution.compile, offloads=execution.offloads, is_stepped=is_stepped,
     )  # fmt: skip
     engine = f"{manifest.backend}:{provider}"
     if manifest.family == FAMILY:
-        return _controlnet(components, engine, tensors, controlnets)
-    return _split(bundle, components.pipeline(), engine, manifest, execution, threads, cache, loras, controlnets)
+        return _controlnet(components, engine, tensors, loading.controlnets)
+    return _split(loading, components.pipeline(), engine)
 
 
 def _controlnet(components: Components, engine: str, device: str, controlnets: ControlNets | None) -> ControlNet:
@@ -211,31 +204,23 @@ def _runners(choice: Choice, execution: Execution, threads: int, open_graph: Ope
     return cuda.runners(execution, threads, open_graph, sizes), "cuda", cuda.tensor_device()
 
 
-def _load_openvino(
-    bundle: Path,
-    manifest: Manifest,
-    execution: Execution,
-    threads: int,
-    cache: Cache,
-    placement: Placement,
-    loras: LoraSettings | None,
-    controlnets: ControlNets | None,
-) -> Pipeline:
+def _load_openvino(loading: Loading, placement: Placement) -> Pipeline:
     """Loads in bfloat16 if the CPU supports it and the accuracy check passes, else in float32."""
 
     def load(execution: Execution) -> Pipeline:
         arithmetic, root = openvino.arithmetic(execution), measured_choice.cache_root(execution)
-        make = openvino.runners(execution, threads, bundle, manifest, placement.open, arithmetic, root)
-        logged = placement.logged(make)
-        return assemble(bundle, manifest, logged, "openvino", "cpu", threads, cache, execution, loras, controlnets)
+        make = openvino.runners(execution, loading.threads, loading.bundle, loading.manifest, placement.open, arithmetic, root)
+        return assemble(replace(loading, execution=execution), placement.logged(make), "openvino", "cpu")
 
+    execution = loading.execution
     if openvino.arithmetic(execution) == "f32":
         return load(execution)
-    return _judged(bundle, manifest, "bf16", lambda: load(execution), lambda: load(replace(execution, arithmetic="fp32")))
+    return _judged(loading, "bf16", lambda: load(execution), lambda: load(replace(execution, arithmetic="fp32")))
 
 
-def _load_torch(bundle: Path, manifest: Manifest, execution: Execution, threads: int, cache: Cache) -> Pipeline:
+def _load_torch(loading: Loading) -> Pipeline:
     """Loads a torch bundle. OpenVINO and TensorRT run only graphs; with them PyTorch uses the same device."""
+    bundle, manifest, execution = loading.bundle, loading.manifest, loading.execution
     if execution.provider == "openvino":
         choose(execution.provider)
     device = torch_device({"openvino": "cpu", "tensorrt": "cuda"}.get(execution.provider, execution.provider))
@@ -244,33 +229,32 @@ def _load_torch(bundle: Path, manifest: Manifest, execution: Execution, threads:
         if device == "cuda":
             go_over(device_stream())
         why = manifest.backend_reason or "the bundle has no graphs"
-        _log.info("%s: runs in PyTorch on %s in %s, %d threads: %s", bundle.name, device, dtype, threads, why)
+        _log.info("%s: runs in PyTorch on %s in %s, %d threads: %s", bundle.name, device, dtype, loading.threads, why)
         try:
             pipe = torch_pipeline(bundle, manifest, device, dtype, execution.offloads)
         except BundleError as error:
             if device == "cuda" and is_out_of_memory(error):
                 raise OutOfMemory(f"not enough GPU memory for {bundle.name}: {last_line(error)}") from error
             raise
-        return _split(bundle, pipe, f"torch:{device}", manifest, execution, threads, cache)
+        return _split(loading, pipe, f"torch:{device}")
 
     dtype = choose_dtype(device, execution)
     if dtype == torch.float32:
         return load(dtype)
 
     def quick() -> Pipeline:
-        return _judged(bundle, manifest, _PRECISIONS[dtype], lambda: load(dtype), lambda: load(torch.float32))
+        return _judged(loading, _PRECISIONS[dtype], lambda: load(dtype), lambda: load(torch.float32))
 
     if device != "cpu":
         return quick()
     ways: dict[str, Callable[[], Pipeline]] = {"PyTorch in fp32": lambda: load(torch.float32)}
     ways[f"PyTorch in {_PRECISIONS[dtype]}"] = quick
-    return measured_choice.fastest(bundle, manifest, execution, threads, ways)
+    return measured_choice.fastest(bundle, manifest, execution, loading.threads, ways)
 
 
-def _judged(
-    bundle: Path, manifest: Manifest, precision: Precision, quick: Callable[[], Pipeline], exact: Callable[[], Pipeline]
-) -> Pipeline:
+def _judged(loading: Loading, precision: Precision, quick: Callable[[], Pipeline], exact: Callable[[], Pipeline]) -> Pipeline:
     """Loads the `quick` pipeline, which computes in `precision`; if it fails the accuracy check, the `exact` one instead."""
+    bundle, manifest = loading.bundle, loading.manifest
     held: list[Pipeline] = []
     try:
         held.append(quick())
@@ -301,28 +285,18 @@ def _has_rows(item: TensorSpec) -> bool:
     return bool(item.shape) and isinstance(item.shape[0], str)
 
 
-def _split(
-    bundle: Path,
-    pipe: Any,
-    engine: str,
-    manifest: Manifest,
-    execution: Execution,
-    threads: int,
-    cache: Cache,
-    loras: LoraSettings | None = None,
-    controlnets: ControlNets | None = None,
-) -> Pipeline:
+def _split(loading: Loading, pipe: Any, engine: str) -> Pipeline:
     """Wraps a diffusers pipeline for the engine: step by step if its family supports it, else as an opaque pipeline."""
+    bundle, manifest, execution, family = loading.bundle, loading.manifest, loading.execution, loading.family
     # If graphs do all the heavy work, torch only steps schedulers; more threads of torch would compete with ONNX Runtime's.
-    torch_threads = 1 if manifest.backend == "onnx" else threads
-    family = family_of(manifest)
+    threads = 1 if manifest.backend == "onnx" else loading.threads
     pipeline: SteppedPipeline | OpaquePipeline
     if family is None:
-        pipeline = OpaquePipeline(pipe, engine, torch_threads)
+        pipeline = OpaquePipeline(pipe, engine, threads)
     else:
-        known = _loras(bundle, pipe, manifest, family, loras)
-        controls = _controls(pipe, manifest, family, controlnets)
-        pipeline = family(pipe, engine, torch_threads, cache, manifest.latent_preview, known, manifest.speedups, controls)
+        loras = _loras(bundle, pipe, manifest, family, loading.loras)
+        controls = _controls(pipe, manifest, family, loading.controlnets)
+        pipeline = family(pipe, engine, threads, loading.cache, manifest.latent_preview, loras, manifest.speedups, controls)
     bound_torch_vaes(pipe, most_memory(execution, torch.device(pipe.device).type))
     pipeline.owner = bundle
     if manifest.size_multiple is not None:

@@ -19,11 +19,10 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline, Request
 from img2img_server.errors import BundleError
 from img2img_server.runtime import accuracy_check
-from img2img_server.runtime.common import cpu
 from img2img_server.runtime.common.device_copy import device_stream, enter_stream
 from img2img_server.runtime.control.nets import ControlNets
 from img2img_server.runtime.execution import Bucket, Execution
-from img2img_server.runtime.loader import FAMILIES, assemble
+from img2img_server.runtime.loader import FAMILIES, Loading, assemble
 from img2img_server.runtime.lora.adapters import LoraSettings
 from img2img_server.runtime.onnx.graph_sizes import Sizes
 from img2img_server.runtime.onnx.providers import choose
@@ -92,21 +91,10 @@ class TensorRTCandidate:
     def load(self) -> Pipeline:
         """Loads a second pipeline of the bundle, with the engines."""
         shop = self._workshop
-        threads = shop.execution.threads or cpu.count()
-        make = self._maker(threads)
+        loading = Loading(self._bundle, self._manifest, shop.execution, shop.cache, shop.loras, shop.controlnets)
+        make = self._maker(loading.threads)
         with DEVICE_IN_USE:
-            return assemble(
-                self._bundle,
-                self._manifest,
-                make,
-                "tensorrt",
-                shop.tensors,
-                threads,
-                shop.cache,
-                shop.execution,
-                shop.loras,
-                shop.controlnets,
-            )
+            return assemble(loading, make, "tensorrt", shop.tensors)
 
     def trials(self) -> Sequence[Request]:
         """The requests of the bundle's reference images."""
