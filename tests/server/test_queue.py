@@ -9,7 +9,7 @@ import pytest
 from fakes import make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from img2img_server.engine.backlog import Backlog, group_sums
+from img2img_server.engine.forecasts import Backlog, group_sums
 from img2img_server.engine.policy import Job, in_order
 from img2img_server.engine.queue import Queue
 from img2img_server.engine.ranked import NO_LINE, Line, LineSums, RampSum, Rank, RankedList

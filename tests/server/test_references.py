@@ -16,7 +16,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_cli.__main__ import main
 from img2img_client import Client, ImageInput, read_provenance
-from img2img_server.api.references import References
+from img2img_server.api.more_images import References
 from img2img_server.codecs.pool import Codecs, ImageMemory
 from img2img_server.config import AssetSettings
 from img2img_server.engine.request import Request

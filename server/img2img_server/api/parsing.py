@@ -12,8 +12,7 @@ from img2img_server import images
 from img2img_server.api.controls import Controls, Lease, check_controls
 from img2img_server.api.fidelity import fidelity_from
 from img2img_server.api.loras import check_loras, find_loras
-from img2img_server.api.masks import mask_rule
-from img2img_server.api.references import References
+from img2img_server.api.more_images import References, mask_rule
 from img2img_server.api.request_fields import RequestFields, fields_of
 from img2img_server.bundle.lora_files import LoraFiles
 from img2img_server.codecs.jobs import LoadImage, LoadMask

@@ -10,7 +10,7 @@ from typing import Any
 
 from img2img_server.config import ServerConfig
 from img2img_server.errors import ClientBusy, Exhausted, ReaderTooSlow
-from img2img_server.support.time_limit import time_limit
+from img2img_server.support.cancellation import time_limit
 
 _log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import islice, takewhile
 
-from img2img_server.engine.backlog import Backlog, GroupSums
 from img2img_server.engine.costs import Group
+from img2img_server.engine.forecasts import Backlog, GroupSums
 from img2img_server.engine.policy import Job, JobSeconds
 from img2img_server.engine.ranked import NO_LINE, Line, LineSums, Rank, RankedList
 from img2img_server.engine.request import Ticket

@@ -9,9 +9,8 @@ from collections import Counter, deque
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
 
-from img2img_server.engine.backlog import Backlog, group_sums
 from img2img_server.engine.costs import Costs
-from img2img_server.engine.forecasts import ActiveSums, Corrections
+from img2img_server.engine.forecasts import ActiveSums, Backlog, Corrections, group_sums
 from img2img_server.engine.policy import Job, JobSeconds, Policy
 from img2img_server.engine.queue import Queue
 from img2img_server.engine.request import Plan, RequestStatus, StepCall, Ticket

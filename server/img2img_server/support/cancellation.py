@@ -1,8 +1,10 @@
-"""Cancellation of background work, from any thread."""
+"""Ends work early: background work when it is cancelled, a block on the event loop after a time."""
 
+import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 
 
 class Stopped(Exception):
@@ -56,3 +58,16 @@ class Stop:
         finally:
             with self._lock:
                 self._enders.remove(end)
+
+
+@asynccontextmanager
+async def time_limit(seconds: float | None, error: Callable[[], Exception]) -> AsyncIterator[None]:
+    """Cancels the block after `seconds` (None: no limit) and raises the error that `error` makes. The block's own TimeoutErrors
+    pass through."""
+    try:
+        async with asyncio.timeout(seconds) as timeout:
+            yield
+    except TimeoutError:
+        if not timeout.expired():
+            raise
+        raise error() from None

@@ -20,7 +20,7 @@ from img2img_server.api.interceptors import call_of, cancelled_status, failed
 from img2img_server.api.transport import Readers
 from img2img_server.errors import DeadlineExpired, ServerError
 from img2img_server.support.call import Call, answering
-from img2img_server.support.time_limit import time_limit
+from img2img_server.support.cancellation import time_limit
 from img2img_server.telemetry.telemetry import Outcome, Telemetry
 
 Handler = Callable[[Exchange, Call], Awaitable[None]]

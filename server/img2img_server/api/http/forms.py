@@ -14,7 +14,7 @@ from img2img_server.api.wire import MAX_VALUE_BYTES
 from img2img_server.codecs.pool import ImageMemory
 from img2img_server.errors import DeadlineExpired, InvalidField, MalformedMessage, MessageTooLarge
 from img2img_server.support.call import Call
-from img2img_server.support.time_limit import time_limit
+from img2img_server.support.cancellation import time_limit
 
 MAX_PARTS = 64
 """Maximum parts of a form: twice the number of fields."""

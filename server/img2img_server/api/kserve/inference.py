@@ -21,8 +21,8 @@ from img2img_server.codecs.pool import ImageMemory
 from img2img_server.engine.interface import EngineInterface
 from img2img_server.errors import DeadlineExpired, ServerError
 from img2img_server.support.call import current
+from img2img_server.support.cancellation import time_limit
 from img2img_server.support.fair_queue import FairThreads
-from img2img_server.support.time_limit import time_limit
 from img2img_server.telemetry.telemetry import Telemetry
 
 _THREADS = 2

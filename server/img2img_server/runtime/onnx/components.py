@@ -155,7 +155,7 @@ class Components:
                 return Graph(runner, self.tensors)
             return AdaptedGraph(Unadapted(runner, self.tensors), runner, name, self.lora_slots, self.tensors)
 
-        # On CUDA it has the weights of the plain graph (providers/shared_weights.py).
+        # On CUDA it has the weights of the plain graph (graph_weights.py).
         size = 0 if self.provider == "cuda" and self.tensors == "cuda" else component.bytes
         # Graphs on other providers differ in their last bits, so rows without residuals stay in the plain graph.
         return LaterGraph(open_graph, mixes=self.provider in ("cpu", "cuda"), size=size)

@@ -1,10 +1,18 @@
-"""Where the weights of an ONNX graph lie in its weights file, read without the onnx package.
+"""The weights of ONNX graphs: where they lie in their weights file, and copies on the GPU that the graphs of a component share.
 
-The messages are the part of ONNX's protobuf schema that is needed: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
+Graphs are read without the onnx package. The messages are the part of ONNX's protobuf schema that is needed: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
+
+By default each session copies the weights of its graph to the GPU. With `add_initializer` it uses values that are there already.
+ONNX Runtime's optimizers read the file all the same: a weight that one of them changed in place would be wrong, without an error.
+`open_session` disables the one that may; tests/cuda/test_shared_weights.py compares the weights of optimized graphs with the
+file.
 """
 
 import functools
 import math
+import threading
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +20,9 @@ from typing import Any
 import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
+
+from img2img_server.errors import BundleError
+from img2img_server.runtime.common.out_of_memory import RUNTIME_ERRORS
 
 _PACKAGE = "img2img.graph_weights"
 _INT32, _INT64, _STRING, _MESSAGE = 5, 3, 9, 11
@@ -102,3 +113,39 @@ def _add(file: Any, message: str, /, **fields: tuple[int, int | str]) -> None:
             made.field.add(name=name, number=number, label=label, type=_MESSAGE, type_name=f".{_PACKAGE}.{kind}")
         else:
             made.field.add(name=name, number=number, label=label, type=kind)
+
+
+_LEAST = 4096
+"""Bytes of the smallest shared weight: smaller ones are often numbers that are needed on the CPU."""
+
+
+Weights = Mapping[str, torch.Tensor]
+"""Tensors on the GPU, by the names of a graph's weights."""
+
+
+class SharedWeights:
+    """The weights on `device` of the graphs of one model, by their place in the weights file. Freed with the last session that
+    was opened with them. Thread-safe."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._known: weakref.WeakValueDictionary[Place, torch.Tensor] = weakref.WeakValueDictionary()
+
+    def of(self, graph: Path) -> Weights:
+        """The weights of a graph, by name. A weight that another graph uses is not copied to the device again. Empty if the
+        directory has no other graph. Raises BundleError if the device has not enough memory."""
+        if not any(other != graph for other in graph.parent.glob("*.onnx")):
+            return {}
+        try:
+            with self._lock:
+                wanted = {name: place for name, place in external_weights(graph).items() if place.bytes >= _LEAST}
+                return {name: self._send(place) for name, place in wanted.items()}
+        except RUNTIME_ERRORS as error:
+            raise BundleError(f"{graph}: its weights cannot be sent to the GPU: {error}") from error
+
+    def _send(self, place: Place) -> torch.Tensor:
+        tensor = self._known.get(place)
+        if tensor is None:
+            tensor = self._known[place] = place.read().to(self._device)
+        return tensor

@@ -13,11 +13,11 @@ from img2img_server.errors import BundleError
 from img2img_server.runtime.common.device_copy import device_stream, enter_stream
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.onnx.graph_sizes import Sizes, try_on_zeros
+from img2img_server.runtime.onnx.graph_weights import SharedWeights, Weights
 from img2img_server.runtime.onnx.runners import HostRunner, Make, Runner, bundle_of
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions, last_line
 from img2img_server.runtime.providers.cuda_graphs import Replays
 from img2img_server.runtime.providers.device_runner import DeviceRunner
-from img2img_server.runtime.providers.shared_weights import SharedWeights, Weights
 
 _log = logging.getLogger(__name__)
 

@@ -18,9 +18,8 @@ from img2img_server.engine.request import Request, no_step
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.common.pipe import view_of
 from img2img_server.runtime.schedulers import registry
-from img2img_server.runtime.schedulers.linear import LinearSolver, compile_schedule
+from img2img_server.runtime.schedulers.linear import LinearSolver, compile_schedule, skipping
 from img2img_server.runtime.schedulers.noise_levels import NoiseLevels
-from img2img_server.runtime.schedulers.skipping import skipping
 
 _BYTES = 16 * 2**20
 """Maximum size of one pipeline's cached schedulers, in bytes."""
