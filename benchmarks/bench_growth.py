@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.request import Event, Plan, Request, Ticket
 from img2img_server.engine.scheduler import QueueLimits
@@ -21,10 +20,6 @@ from img2img_server.engine.warmup import WarmUp
 from manual_device import IMAGE, ManualDevice, ManualState
 from rich.console import Console
 from rich.table import Table
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / ".bench" / "growth.json"
@@ -174,7 +169,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _plot(figures: dict[str, dict[int, dict[str, float]]], kinds: Sequence[str]) -> None:
-    figure, axes = plt.subplots(1, len(kinds), figsize=(3.6 * len(kinds), 3.2), sharey=True, layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * len(kinds), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(kinds), sharey=True)
     for axis, kind in zip(axes, kinds, strict=True):
         for name, by_waiting in figures.items():
             axis.plot(list(by_waiting), [row[kind] for row in by_waiting.values()], marker="o", label=name)
@@ -183,4 +181,3 @@ def _plot(figures: dict[str, dict[int, dict[str, float]]], kinds: Sequence[str])
     axes[0].set_ylim(bottom=0)
     axes[0].legend(fontsize=7)
     figure.savefig(RESULT.with_suffix(".png"), dpi=110)
-    plt.close(figure)

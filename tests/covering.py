@@ -9,7 +9,7 @@ import pytest
 Combination = tuple[Any, ...]
 
 
-def nightly_but(values: Iterable[str], *always: str) -> list[Any]:
+def nightly_but(values: Iterable[Any], *always: Any) -> list[Any]:
     """Parameters for `pytest.mark.parametrize`: all but `always` are marked nightly."""
     found = list(values)
     assert set(always) <= set(found), set(always) - set(found)

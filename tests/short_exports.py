@@ -15,24 +15,30 @@ from img2img_export.verify import images, latent_preview, speedups
 
 
 @contextmanager
-def cut_short(count: int = 1, preview: bool = False, two_sizes: bool = False, further: bool = False) -> Iterator[None]:
-    """Within it, an export compares `count` images, makes graphs for LoRAs and ControlNets only if `further`, and does what
-    `brief` says. The images have one size, unless `two_sizes`: then the last is the export's last, of the other size. Do not ask
-    for a shared bundle inside."""
+def cut_short(
+    count: int = 1, preview: bool = False, two_sizes: bool = False, further: bool = False, controls: bool = True
+) -> Iterator[None]:
+    """Within it, an export compares `count` images, makes graphs for LoRAs and ControlNets only if `further`, none for
+    ControlNets without `controls`, and does what `brief` says. The images have one size, unless `two_sizes`: then the last is the
+    export's last, of the other size. Do not ask for a shared bundle inside."""
     all_cases = images.image_cases
 
     def some(*arguments: Any) -> tuple[images.ImageCase, ...]:
         cases = all_cases(*arguments)
         return (*cases[: count - 1], cases[-1]) if two_sizes else cases[:count]
 
-    with patch.object(images, "image_cases", some), brief(preview), nullcontext() if further else without_further_graphs():
+    with patch.object(images, "image_cases", some), brief(preview), without_further_graphs(further, further and controls):
         yield
 
 
 @contextmanager
-def without_further_graphs() -> Iterator[None]:
-    """Within it, an export makes no graphs for LoRAs and ControlNets, which are three of a UNet's four."""
-    with patch.object(attempts, "DENOISERS", ()), patch.object(attempts, "WITH_CONTROLS", ()):
+def without_further_graphs(loras: bool = False, controls: bool = False) -> Iterator[None]:
+    """Within it, an export makes no graphs for LoRAs and ControlNets, which are three of a UNet's four, except those that are
+    asked for."""
+    with (
+        nullcontext() if loras else patch.object(attempts, "DENOISERS", ()),
+        nullcontext() if controls else patch.object(attempts, "WITH_CONTROLS", ()),
+    ):
         yield
 
 

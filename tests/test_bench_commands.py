@@ -26,12 +26,14 @@ from bench_load import measuring, servers
     [
         (bench_growth, ["--waiting", "50", "100", "--times", "3"], "a client each"),
         (bench_http, ["--requests", "2", "--sizes", "64"], "64 x 64"),
-        (bench_request, ["--requests", "1", "--starts", "1"], "request through the server"),
+        pytest.param(
+            bench_request, ["--requests", "1", "--starts", "1"], "request through the server", marks=pytest.mark.nightly
+        ),
         (bench_rounding, ["--timesteps", "501"], "501"),
         (bench_schedulers, ["--requests", "2", "--rounds", "1"], "DPM++ 2M Karras"),
-        (bench_sessions, ["--rounds", "1", "--requests", "1"], "ONNX Runtime's default"),
+        pytest.param(bench_sessions, ["--rounds", "1", "--requests", "1"], "ONNX Runtime's default", marks=pytest.mark.nightly),
         (bench_simulated, ["--requests", "200"], "batching"),
-        (bench_start, ["--models", "1", "--rounds", "1"], "MiB at SERVING"),
+        pytest.param(bench_start, ["--models", "1", "--rounds", "1"], "MiB at SERVING", marks=pytest.mark.nightly),
         (bench_speedups, ["--rounds", "1", "--steps", "8"], "less work"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, ModuleType) else "",

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 from conftest import REPOSITORY
 from img2img_client import health_command
@@ -83,6 +82,8 @@ def config(built: Built, tmp_path: Path) -> ServerConfig:
 
 
 def test_manifests_are_valid_for_supported_kubernetes_versions(built: Built) -> None:
+    import kubernetes_validate  # type: ignore[import-untyped]  # 2 s, for which every process of the tests would wait
+
     for version in _VERSIONS:
         for document in (*built.documents, *read(KUBERNETES / "load-models.yaml")):
             if document["kind"] != "PodMonitor":  # The Prometheus operator's: held against its schema by hand.
@@ -90,6 +91,8 @@ def test_manifests_are_valid_for_supported_kubernetes_versions(built: Built) -> 
 
 
 def test_schema_validation_detects_an_unknown_key() -> None:
+    import kubernetes_validate
+
     wrong = build(KUBERNETES / "overlays" / "cpu")
     (deployment,) = (one for one in wrong if one["kind"] == "Deployment")
     deployment["spec"]["template"]["spec"]["containers"][0]["readinessProb"] = {}

@@ -22,12 +22,14 @@ from short_exports import cut_short
 
 Get = Callable[[str], Path]
 
+UNETS = ("sd1", "sd2:fp32:further", "sdxl", "refiner:fp32:further", "lcm:fp32:further")
+
 
 def components(bundle: Path) -> dict[str, Component]:
     return {part.name: part for part in read_manifest(bundle).components}
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "refiner", "lcm"])
+@pytest.mark.parametrize("name", nightly_but(UNETS, "sd1", "sdxl"))
 def test_unets_and_text_encoders_have_verified_lora_graphs(name: str, bundle: Get) -> None:
     manifest = read_manifest(bundle(name))
     compared = {part.component for part in manifest.verification.components if part.graph == "lora"}
@@ -137,7 +139,7 @@ def test_both_graphs_share_one_file_of_weights(precision: str, bundle: Get, tiny
 def test_wrong_lora_graph_is_omitted_with_the_reason(tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = lora_graph._product
     monkeypatch.setattr(lora_graph, "_product", lambda *arguments: right(*arguments) * 1.01)
-    with cut_short(further=True):
+    with cut_short(further=True, controls=False):
         manifest = export_model(ExportOptions(str(tiny_model("sd1")), tmp_path / "out")).manifest
     (unet,) = (part for part in manifest.components if part.name == "unet")
     assert unet.lora == ""
@@ -147,6 +149,6 @@ def test_wrong_lora_graph_is_omitted_with_the_reason(tiny_model: Get, tmp_path: 
 
 
 def test_int8_components_have_no_lora_graph(bundle: Get, tiny_model: Get, tmp_path: Path) -> None:
-    with cut_short(further=True):
+    with cut_short(further=True, controls=False):
         manifest = export_model(ExportOptions(str(tiny_model("sd1")), tmp_path / "out", precision="int8")).manifest
     assert not any(part.lora for part in manifest.components if part.precision == "int8")

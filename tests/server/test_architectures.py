@@ -176,7 +176,7 @@ def test_opaque_pipeline_matches_the_stepped_pipeline(bundle: Callable[[str], Pa
 def test_latents_stay_float32_with_float16_graphs(
     bundle: Callable[[str], Path],
 ) -> None:
-    half = bundle("sd1:fp16")
+    half = bundle("sd1:fp16:speedups")
     manifest = read_manifest(half)
     (unet,) = [component for component in manifest.components if component.name == "unet"]
     assert {item.name: item.type for item in unet.inputs} == {
