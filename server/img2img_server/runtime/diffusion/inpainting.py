@@ -11,10 +11,10 @@ import torch
 
 from img2img_server.engine.request import Mask, Request
 from img2img_server.runtime.common.pipe import view_of
+from img2img_server.runtime.diffusion.conditioning import Encoded
 from img2img_server.runtime.diffusion.masking import default_mask, mask_latents
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from img2img_server.runtime.diffusion.state import Conditioning
-from img2img_server.runtime.diffusion.stepped import Encoded
 
 _INPUT = "inpainting"
 """The UNet's input channels after the latents': the mask's [R, 1, h, w], and the latents' [R, C, h, w] of the masked source."""

@@ -6,6 +6,7 @@ not depend on the number of requests, and requests without a mask take part in n
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,3 +83,11 @@ def replace_kept(latents: Sequence[torch.Tensor], blends: Sequence[Blend], kept:
     """Replaces each request's new latents outside its mask, in place: it allocates nothing, so it does not fail after a step."""
     torch._foreach_mul_(list(latents), [blend.redrawn for blend in blends])
     torch._foreach_add_(list(latents), list(kept))
+
+
+def draw_again(generators: Sequence[torch.Generator], image: Any, noise: torch.Tensor) -> None:
+    """Draws what diffusers' inpainting pipelines draw for the latents of the masked source, even if the model does not use them:
+    noise that is drawn later depends on it."""
+    if hasattr(image, "latent_dist"):
+        for generator in generators:
+            torch.randn((1, *noise.shape[1:]), generator=generator)

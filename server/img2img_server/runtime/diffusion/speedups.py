@@ -1,10 +1,15 @@
-"""Chooses a request's speedup: the fastest of its bundle that keeps its bound, if it was measured for such requests."""
+"""Speedups of requests: chosen as the fastest of the bundle that keeps the request's bound, if it was measured for such requests;
+and the calls of light graphs."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from img2img_server.bundle.speedups import Speedup, Speedups
 from img2img_server.engine.request import Request, RequestWarning, StepCall, UsedSpeedup
+from img2img_server.runtime.diffusion.state import DiffusionState
 from img2img_server.runtime.schedulers.cache import CachedScheduler
 
 EXACT_CODE = "FIDELITY_EXACT"
@@ -118,3 +123,24 @@ class SpeedupChooser:
 def no_speedup(request: Request, reason: str) -> Sequence[RequestWarning]:
     """The warnings of a pipeline without speedups about a request."""
     return () if request.fidelity.is_exact else Chosen(reason=reason).warnings
+
+
+def with_features(
+    denoiser: Any, states: Sequence[DiffusionState], keepers: Sequence[DiffusionState], inputs: dict[str, Any]
+) -> torch.Tensor:
+    """The denoiser's output for all rows, of which those of `keepers` keep the deep features of full steps for light ones."""
+    if keepers[0].is_light:  # and so are all: light steps are of another shape
+        light: torch.Tensor = denoiser.predict_light(torch.cat([state.next_features for state in states]), **inputs)
+        return light
+    whole: tuple[torch.Tensor, torch.Tensor] = denoiser.predict_with_features(**inputs)
+    predicted, features = whole
+    for state, own in zip(states, torch.split(features, [state.rows for state in states]), strict=True):
+        if state in keepers:
+            state.features = own.clone()  # without the batch's other rows
+    return predicted
+
+
+def record_light(denoiser: Any, inputs: dict[str, Any]) -> None:
+    """Calls the light graph on the rows of a call, so that it is recorded before the first request that needs it."""
+    _, features = denoiser.predict_with_features(**inputs)
+    denoiser.predict_light(features, **inputs)

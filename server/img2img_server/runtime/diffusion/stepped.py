@@ -28,9 +28,9 @@ from img2img_server.runtime.common.torch_calls import host_call, torch_call
 from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.control.controls import Control, ModelControls, NoControls, Rows
 from img2img_server.runtime.diffusion import preview
-from img2img_server.runtime.diffusion.conditioning import Embedding, Encoder
-from img2img_server.runtime.diffusion.masking import Blend, kept_latents, mask_latents, replace_kept
-from img2img_server.runtime.diffusion.speedups import Chosen, SpeedupChooser
+from img2img_server.runtime.diffusion.conditioning import Embedding, Encoded, Encoder
+from img2img_server.runtime.diffusion.masking import Blend, draw_again, kept_latents, mask_latents, replace_kept
+from img2img_server.runtime.diffusion.speedups import Chosen, SpeedupChooser, record_light, with_features
 from img2img_server.runtime.diffusion.state import (
     Conditioning,
     DiffusionState,
@@ -47,7 +47,7 @@ from img2img_server.runtime.lora.graph import adapting, least_slot_bytes, slot_b
 from img2img_server.runtime.onnx.modules import close_graphs
 from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCache
 from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, step_arguments
-from img2img_server.runtime.schedulers.noise_levels import noise_level
+from img2img_server.runtime.schedulers.noise_levels import Noising
 from img2img_server.support.device_lock import records_at_once
 from img2img_server.support.model_fields import FieldRule, ModelFields
 from img2img_server.support.source_rule import MaskUse
@@ -179,11 +179,11 @@ class SteppedPipeline(ABC):
         inputs = self._inputs(joined_samples, numbers.timesteps, conditioning)
         with adapting([self._denoiser], [state.choice for state in states for _ in range(state.rows)]):
             if keepers := [state for state in states if state.speedup is not None and state.speedup.keeps_features]:
-                predicted = self._keep_features(states, keepers, inputs | residuals)
+                predicted = with_features(self._denoiser, states, keepers, inputs | residuals)
             else:
                 (predicted,) = self._predict(**inputs, **residuals)
                 if records_at_once() and self.speedups.keeps_features:  # in warm-up
-                    self._record_light(inputs)
+                    record_light(self._denoiser, inputs)
         return split_noise(states, self._noise(predicted, joined_samples))
 
     def _denoise_apart(self, states: Sequence[DiffusionState], controlled: Sequence[bool]) -> Sequence[Noise]:
@@ -211,25 +211,6 @@ class SteppedPipeline(ABC):
     def open_control(self) -> None:
         """Opens the control graph, which is slow. Raises BundleError."""
         self._denoiser.control.get()
-
-    def _keep_features(
-        self, states: Sequence[DiffusionState], keepers: Sequence[DiffusionState], inputs: dict[str, Any]
-    ) -> torch.Tensor:
-        """The denoiser's output for all rows, of which those of `keepers` keep the deep features of full steps for light ones."""
-        if keepers[0].is_light:  # and so are all: light steps are of another shape
-            light: torch.Tensor = self._denoiser.predict_light(torch.cat([state.next_features for state in states]), **inputs)
-            return light
-        whole: tuple[torch.Tensor, torch.Tensor] = self._denoiser.predict_with_features(**inputs)
-        predicted, features = whole
-        for state, own in zip(states, torch.split(features, [state.rows for state in states]), strict=True):
-            if state in keepers:
-                state.features = own.clone()  # without the batch's other rows
-        return predicted
-
-    def _record_light(self, inputs: dict[str, Any]) -> None:
-        """Calls the light graph on the rows of a call, so that it is recorded before the first request that needs it."""
-        _, features = self._denoiser.predict_with_features(**inputs)
-        self._denoiser.predict_light(features, **inputs)
 
     def _residuals(
         self, states: Sequence[DiffusionState], samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
@@ -337,7 +318,7 @@ class SteppedPipeline(ABC):
         positive, negative = self._embeddings(request, embeddings)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
         controls = self._read_controls(request, controls, generators)
-        noising = _Noising(cached_scheduler.scheduler)
+        noising = Noising(cached_scheduler.scheduler)
         pipe = view_of(self._pipe, scheduler=noising, vae=Encoded(self._pipe.vae, image))
         latents = self._first_latents(
             pipe, request, cached_scheduler.timesteps[:1].repeat(count), positive.hidden_states.dtype, generators
@@ -349,7 +330,7 @@ class SteppedPipeline(ABC):
             if request.strength == 1:
                 latents = self._pure_noise(latents, self._layout(noise), cached_scheduler.scheduler)
             if self.encodes_masked_source:
-                _draw_again(generators, image, noise)
+                draw_again(generators, image, noise)
             redrawn = mask_latents(request.mask.image, original, self.mask_mode)
             blend = Blend.of(redrawn, original, noise, cached_scheduler.levels, self._layout)
         conditioning = self._conditioning(request, positive, negative) | self._more_conditioning(pipe, request, latents)
@@ -505,49 +486,3 @@ class SteppedPipeline(ABC):
         conditioning = {"encoder_hidden_states": torch.cat([row.hidden_states for row in rows])}
         pooled = [row.pooled for row in rows if row.pooled is not None]
         return conditioning | ({self.pooled_name: torch.cat(pooled)} if pooled else {})
-
-
-class _Noising:
-    """A scheduler whose add_noise looks up the noise level on the CPU. diffusers' own looks it up on the device and moves its
-    tables there."""
-
-    given: tuple[torch.Tensor, torch.Tensor] | None = None
-    """The source's latents and the noise, both [n, C, h, w], after noise was added."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
-
-    def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        self.given = original, noise
-        signal, level = noise_level(self._scheduler, timesteps[:1], original.dtype)
-        return signal * original + level * noise
-
-    def scale_noise(self, original: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """What schedulers of flow matching have in place of `add_noise`."""
-        return self.add_noise(original, noise, timesteps)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._scheduler, name)
-
-
-class Encoded:
-    """A VAE that returns an image's encoding, which was computed before."""
-
-    def __init__(self, vae: Any, output: SimpleNamespace) -> None:
-        self._vae = vae
-        self._output = output
-
-    def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
-        """The encoding, whatever `pixels` are."""
-        return self._output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._vae, name)
-
-
-def _draw_again(generators: Sequence[torch.Generator], image: SimpleNamespace, noise: torch.Tensor) -> None:
-    """Draws what diffusers' inpainting pipelines draw for the latents of the masked source, even if the model does not use them:
-    noise that is drawn later depends on it."""
-    if hasattr(image, "latent_dist"):
-        for generator in generators:
-            torch.randn((1, *noise.shape[1:]), generator=generator)

@@ -19,9 +19,9 @@ from img2img_server.runtime.common.pipe import view_as, view_of
 from img2img_server.runtime.common.request_fields import masked_fields
 from img2img_server.runtime.common.rotary import Size
 from img2img_server.runtime.common.sources import check_sources
-from img2img_server.runtime.diffusion.conditioning import Embedding
+from img2img_server.runtime.diffusion.conditioning import Embedding, Encoded
 from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
-from img2img_server.runtime.diffusion.stepped import Encoded, SteppedPipeline
+from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.onnx.token_graphs import TokenGraph, join
 
 _T = TypeVar("_T")

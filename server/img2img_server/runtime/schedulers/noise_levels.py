@@ -100,3 +100,27 @@ class NoiseLevels:
     def _first(self) -> int:
         """The position of the first timestep in the scheduler's."""
         return len(self._scheduler.timesteps) - len(self._timesteps)
+
+
+class Noising:
+    """A scheduler whose add_noise looks up the noise level on the CPU. diffusers' own looks it up on the device and moves its
+    tables there."""
+
+    given: tuple[torch.Tensor, torch.Tensor] | None = None
+    """The source's latents and the noise, both [n, C, h, w], after noise was added."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The latents `original` with noise, at the first of `timesteps`."""
+        self.given = original, noise
+        signal, level = noise_level(self._scheduler, timesteps[:1], original.dtype)
+        return signal * original + level * noise
+
+    def scale_noise(self, original: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What schedulers of flow matching have in place of `add_noise`."""
+        return self.add_noise(original, noise, timesteps)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
