@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import covering
 from diffusers import AutoPipelineForImage2Image
 from img2img_export.errors import ExportError
 from img2img_export.read.checkpoint import Layout
@@ -56,14 +57,18 @@ SCALES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 }
 
 
+SPELLINGS = ("scale_weight", "weight_scale", "weight_scale and comfy_quant")
+
+
 def spread(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if scale.ndim == 2 and scale.shape[1] == 2:
         return scale.repeat_interleave(len(weight) // 2, 0).repeat_interleave(weight.shape[1] // 2, 1)
     return scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
 
 
-@pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale", "weight_scale and comfy_quant"])
-@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@covering(
+    kind=[torch.float8_e4m3fn, torch.float8_e5m2], spelling=["scale_weight", "weight_scale", "weight_scale and comfy_quant"]
+)
 def test_scaled_float8_becomes_weight_times_scale(
     kind: torch.dtype, spelling: str, stored: Weights, tiny_model: Get, tmp_path: Path
 ) -> None:
