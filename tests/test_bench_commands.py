@@ -58,6 +58,7 @@ def test_bench_command_prints_its_table(
     assert printed in capfd.readouterr().out
 
 
+@pytest.mark.nightly
 def test_bench_ray_prints_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Every server has its own engine: a cluster takes long to start (server/test_ray_cluster.py has one)."""
     server = bench_ray._server

@@ -146,9 +146,3 @@ def test_wrong_lora_graph_is_omitted_with_the_reason(tiny_model: Get, tmp_path: 
     assert unet.reason.startswith("no lora graph: unet differs from PyTorch (")
     assert f"unet/{LORA_NAME}" not in manifest.files
     assert manifest.verification.passed
-
-
-def test_int8_components_have_no_lora_graph(bundle: Get, tiny_model: Get, tmp_path: Path) -> None:
-    with cut_short(further=True, controls=False):
-        manifest = export_model(ExportOptions(str(tiny_model("sd1")), tmp_path / "out", precision="int8")).manifest
-    assert not any(part.lora for part in manifest.components if part.precision == "int8")

@@ -120,8 +120,8 @@ def test_requests_that_share_an_error_are_freed_one_by_one(tmp_path: Path, caplo
 
 CHECK = "/grpc.health.v1.Health/Check"
 CANCEL = (8).to_bytes(4, "big")
-RESETS = 2000
-MOST_BYTES = 50
+RESETS = 1000
+MOST_BYTES = 100
 """Of native memory for each call: buffers grow a little, whatever the number of calls."""
 
 
