@@ -41,11 +41,11 @@ WITH_PREVIEWS = ("sd1", "sdxl", "flux-dev", "demo")
 COMPARED = ("sd1", "kandinsky22", "demo")
 """Bundles for which the export compares all its images; for the others it compares two."""
 WITHOUT_FURTHER_GRAPHS = (
-    *("chroma", "flux", "flux-fill", "flux2", "if", "kolors", "lcm", "pix2pix", "refiner", "sd-inpaint", "sd-masked", "sd2"),
-    *("sd-tiny-vae", "sd3-no-t5", "sdxl-inpaint", "sdxl-overflow", "sd1:fp16", "sd1:fp16:speedups", "sd1:bf16"),
+    *("chroma", "flux", "flux-fill", "flux2", "if", "kolors", "lcm", "pix2pix", "sd-inpaint", "sd-masked", "sd-tiny-vae"),
+    *("sd3-no-t5", "sdxl-inpaint", "sdxl-overflow", "sd1:fp16", "sd1:fp16:speedups", "sd1:bf16"),
     *("sd1:bf16:speedups", "sd1:int8", "sd1:int8:speedups"),
 )
-"""Bundles without graphs for LoRAs and ControlNets, which take half of an export; "sd2:fp32:further" has them. If
+"""Bundles without graphs for LoRAs and ControlNets, which take half of an export; "lcm:fp32:further" has them. If
 $TESTS_FURTHER_GRAPHS is set (scripts/test_versions), only the bundles that it names have such graphs."""
 OF_TWO_SIZES = ("chroma", "kandinsky3", "longcat-edit", "qwenimage2")
 """Bundles for which these two images differ in size: the exporter does not know the classes of their denoisers, and makes those

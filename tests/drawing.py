@@ -1,14 +1,16 @@
-"""Pipelines, and images of requests as they draw them, without an engine, as integers [H, W, 3]."""
+"""Pipelines and ControlNets on the CPU, and images of requests as they draw them, without an engine, as integers [H, W, 3]."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fakes import make_request
+from img2img_export.verify.images import sample_image
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Pipeline, Request, run_alone
-from img2img_server.runtime.control.nets import ControlNets
+from img2img_server.runtime.control.nets import ControlNet, ControlNets
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
@@ -19,6 +21,30 @@ def load(bundle: Path, nets: ControlNets | None = None, **more: Any) -> SteppedP
     pipeline = load_pipeline(bundle, read_manifest(bundle), Execution("cpu"), Cache(2**24), controlnets=nets, **more)
     assert isinstance(pipeline, SteppedPipeline)
     return pipeline
+
+
+def controlnets(folder: Path, bundles: Mapping[str, Path]) -> ControlNets:
+    """ControlNets in memory, by the ids that they have as links in `folder`."""
+    nets = ControlNets()
+    for name, bundle in bundles.items():
+        link = folder / name
+        link.symlink_to(bundle)
+        net = load_pipeline(link, read_manifest(link), Execution("cpu"), controlnets=nets)
+        assert isinstance(net, ControlNet)
+        net.denoise(net.prepare([make_request(image=sample_image(*net.native_size))]))  # as the server tries it
+    return nets
+
+
+class Counted:
+    """A runner that counts the rows of its calls."""
+
+    def __init__(self, runner: Any) -> None:
+        self.inputs, self.outputs, self._runner = runner.inputs, runner.outputs, runner
+        self.rows: list[int] = []
+
+    def run(self, feed: Any) -> Any:
+        self.rows.append(len(feed["sample"]))
+        return self._runner.run(feed)
 
 
 def together(pipeline: Pipeline, batch: Sequence[Request]) -> list[np.ndarray[Any, Any]]:

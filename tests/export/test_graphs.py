@@ -11,15 +11,12 @@ import pytest
 import torch
 import transformers
 from conftest import COMPARED
-from covering import nightly_but
 from diffusers import UNet2DConditionModel
 from img2img_server.bundle.manifest import read_manifest
 
 Get = Callable[[str], Path]
 
 STABLE_DIFFUSION = ["sd1", "sd2", "sdxl", "refiner"]
-WHOLE = ("sd1", "sdxl", "kandinsky22")
-"""Bundles with all graphs."""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +93,7 @@ def test_manifest_lists_graph_inputs(name: str, bundle: Get) -> None:
         assert shapes["time_ids"] == ("batch_size", 5 if name == "refiner" else 6)
 
 
-@pytest.mark.parametrize("name", nightly_but(["sd1", "sd2:fp32:further", "sdxl", "refiner:fp32:further", "kandinsky22"], *WHOLE))
+@pytest.mark.parametrize("name", [*STABLE_DIFFUSION, "kandinsky22"])
 def test_every_comparison_was_made_and_passed(name: str, bundle: Get) -> None:
     manifest = read_manifest(bundle(name))
     verification = manifest.verification
@@ -107,10 +104,10 @@ def test_every_comparison_was_made_and_passed(name: str, bundle: Get) -> None:
     for graph in graphs:
         cases = [part.case for part in verification.components if part.component == graph]
         controlled = [case for case in cases if ", residuals" in case]
-        assert len(controlled) == (2 if name != "kandinsky22" and graph == "unet" else 0), "without and with LoRAs"
+        assert len(controlled) == (2 if name in STABLE_DIFFUSION and graph == "unet" else 0), "without and with LoRAs"
         cases = [case for case in cases if case not in controlled]
         with_loras = [case for case in cases if case.endswith(", LoRAs")]
-        adapted = name != "kandinsky22" and (graph == "unet" or graph.startswith("text_encoder"))
+        adapted = name in STABLE_DIFFUSION and (graph == "unet" or graph.startswith("text_encoder"))
         assert len(with_loras) == (2 if adapted else 0), "one real, one random"
         cases = [case for case in cases if case not in with_loras]
         kinds = [(kind, batch) for kind in ("real", "random") for batch in (1, 3)]
@@ -118,7 +115,7 @@ def test_every_comparison_was_made_and_passed(name: str, bundle: Get) -> None:
         assert all(any(f"{kind}, batch {batch}, " in case for case in cases) for kind, batch in kinds)
         sizes = {case.rpartition(", ")[2] for case in cases}
         assert len(sizes) > 1 or graph.startswith("text_encoder")
-    if name != "kandinsky22":
+    if name in STABLE_DIFFUSION:
         assert any("9 x 13" in part.case for part in verification.components)
     assert all(part.passed for part in verification.components)
     assert all(part.passed for part in verification.pictures)

@@ -22,7 +22,7 @@ from diffusers import (
     StableDiffusionXLControlNetInpaintPipeline,
     StableDiffusionXLControlNetUnionImg2ImgPipeline,
 )
-from drawing import alone, load, together
+from drawing import Counted, alone, controlnets, load, together
 from fakes import Clock, FakePipeline, make_request
 from http_calls import EDITS, Field, ask, opened
 from img2img.v1 import image_to_image_pb2 as pb
@@ -41,10 +41,9 @@ from img2img_server.engine.request import ControlUse, LoraUse, Mask, Plan, Reque
 from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits
 from img2img_server.models.memory import unopened
-from img2img_server.runtime.control.nets import ControlNet, ControlNets
+from img2img_server.runtime.control.nets import ControlNets
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
-from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.lora.adapters import LoraSettings
 from img2img_server.sources.reading import Sources
 from lora_making import make, write_diffusers
@@ -103,12 +102,7 @@ def nets(control_bundle: Get, tmp_path: Path) -> Callable[..., ControlNets]:
     """The ControlNets "a" and "b" of a tiny model, or those of other letters."""
 
     def load_nets(name: str, letters: str = "ab") -> ControlNets:
-        nets = ControlNets()
-        for letter in letters:
-            link = tmp_path / letter
-            link.symlink_to(control_bundle(f"{name}-{letter}"))
-            assert isinstance(load_pipeline(link, read_manifest(link), Execution("cpu"), controlnets=nets), ControlNet)
-        return nets
+        return controlnets(tmp_path, {letter: control_bundle(f"{name}-{letter}") for letter in letters})
 
     return load_nets
 
@@ -262,18 +256,6 @@ def test_requests_with_controls_loras_both_and_none_share_calls(
     assert np.abs(drawn[3] - np.asarray(expected, int)).max() <= 1
     assert np.abs(drawn[3] - drawn[1]).mean() > 1
     assert np.abs(drawn[3] - drawn[2]).mean() > 1
-
-
-class Counted:
-    """A runner that counts the rows of its calls."""
-
-    def __init__(self, runner: Any) -> None:
-        self.inputs, self.outputs, self._runner = runner.inputs, runner.outputs, runner
-        self.rows: list[int] = []
-
-    def run(self, feed: Any) -> Any:
-        self.rows.append(len(feed["sample"]))
-        return self._runner.run(feed)
 
 
 def counted(pipeline: SteppedPipeline) -> tuple[Counted, Counted]:

@@ -15,7 +15,7 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxTransformer2DModel,
 )
-from drawing import alone, load, together
+from drawing import alone, controlnets, load, together
 from fakes import make_request
 from img2img_export.verify.images import sample_image
 from img2img_server.bundle.controls import SAMPLE_OF, SAMPLES, SINGLE_OF, SINGLES
@@ -24,7 +24,7 @@ from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import ControlUse, LoraUse, Mask, Request
 from img2img_server.errors import InvalidField
-from img2img_server.runtime.control.nets import ControlNets, FluxControlNet
+from img2img_server.runtime.control.nets import ControlNets
 from img2img_server.runtime.control.residuals import Called, layout, of_flux
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
@@ -71,15 +71,7 @@ def nets(control_bundle: Get, tmp_path: Path) -> Callable[[str], ControlNets]:
     """ControlNets by their letters."""
 
     def load_nets(letters: str) -> ControlNets:
-        nets = ControlNets()
-        for letter in letters:
-            link = tmp_path / letter
-            link.symlink_to(control_bundle(f"{MODEL}-{letter}"))
-            net = load_pipeline(link, read_manifest(link), Execution("cpu"), controlnets=nets)
-            assert isinstance(net, FluxControlNet)
-            state = net.prepare([make_request(image=sample_image(*net.native_size))])
-            net.denoise(state)  # as the server tries it
-        return nets
+        return controlnets(tmp_path, {letter: control_bundle(f"{MODEL}-{letter}") for letter in letters})
 
     return load_nets
 

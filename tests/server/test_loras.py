@@ -17,7 +17,7 @@ import pytest
 import torch
 from covering import nightly_but
 from diffusers import AutoPipelineForImage2Image
-from drawing import alone, together
+from drawing import Counted, alone, together
 from drawing import load as load_stepped
 from fakes import FakePipeline, make_request
 from img2img.v1 import image_to_image_pb2 as pb
@@ -236,18 +236,6 @@ def test_requests_with_different_loras_share_a_call(bundle: Get, loras: Get) -> 
         pass
     assert sum(isinstance(event, Completed) for event in endings) == len(MIXES)
     assert max(span.requests for span in spans if span.stage == "denoise") == len(MIXES)
-
-
-class Counted:
-    """A runner that counts the rows of its calls."""
-
-    def __init__(self, runner: Any) -> None:
-        self.inputs, self.outputs, self._runner = runner.inputs, runner.outputs, runner
-        self.rows: list[int] = []
-
-    def run(self, feed: Any) -> Any:
-        self.rows.append(len(feed["sample"]))
-        return self._runner.run(feed)
 
 
 def counted(pipeline: SteppedPipeline) -> tuple[Counted, Counted]:

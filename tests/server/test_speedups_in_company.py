@@ -6,20 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawing import alone, load
+from drawing import alone, controlnets, load
 from fakes import Caller, make_request
 from img2img_export.verify.images import sample_image
 from img2img_server.bundle.lora_files import LoraFiles
-from img2img_server.bundle.manifest import read_manifest
 from img2img_server.bundle.speedups import Speedup, Speedups
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.interface import Span
 from img2img_server.engine.request import Completed, ControlUse, LoraUse
 from img2img_server.engine.scheduler import QueueLimits
-from img2img_server.runtime.control.nets import ControlNet, ControlNets
-from img2img_server.runtime.execution import Execution
-from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.lora.adapters import LoraSettings
 from img2img_server.support.fidelity import EXACT, Fidelity
 from lora_making import make, write_diffusers
@@ -39,9 +35,7 @@ FEWER = Speedup(
 def test_requests_with_a_bound_share_calls_with_loras_and_controls(
     bundle: Get, tiny_model: Get, control_bundle: Get, tmp_path: Path, name: str, kept: Speedup
 ) -> None:
-    nets, link, folder = ControlNets(), tmp_path / "a", tmp_path / "loras"
-    link.symlink_to(control_bundle("sd1-a"))
-    assert isinstance(load_pipeline(link, read_manifest(link), Execution("cpu"), controlnets=nets), ControlNet)
+    nets, folder = controlnets(tmp_path, {"a": control_bundle("sd1-a")}), tmp_path / "loras"
     folder.mkdir()
     pairs = make(tiny_model("sd1"), 1, ("to_q", "to_v", "ff.net.2"), (8,))
     write_diffusers({module: (0.3 * down, 0.3 * up) for module, (down, up) in pairs.items()}, folder / "style.safetensors")
