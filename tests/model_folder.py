@@ -16,7 +16,7 @@ from img2img_server.engine.engine import Engine
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import OutOfMemory
 from img2img_server.models.downloads import EXPORTER
-from img2img_server.models.memory import Reading
+from img2img_server.models.memory import MemoryReading
 from img2img_server.models.registry import ModelRegistry
 from img2img_server.models.residency import Residency
 from running import manifest
@@ -101,8 +101,8 @@ class Memory:
         """What is open, in order of loading."""
         return [pipeline.name for pipeline in self.opened if not pipeline.closed]
 
-    def read(self) -> Reading:
-        return Reading(BASE + self.used) if self.gpu is None else Reading(BASE, self.used, self.gpu - self.used)
+    def read(self) -> MemoryReading:
+        return MemoryReading(BASE + self.used) if self.gpu is None else MemoryReading(BASE, self.used, self.gpu - self.used)
 
 
 class Rig:

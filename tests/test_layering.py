@@ -1,10 +1,15 @@
-"""Packages that an import must not load, tested in a fresh interpreter. Import rules between our packages are in pyproject.toml
-(import-linter)."""
+"""Packages that an import must not load, tested in a fresh interpreter; no circles, and one name for one class. Import rules
+between our packages are in pyproject.toml (import-linter)."""
 
+import ast
 import subprocess
 import sys
+from collections import Counter
+from graphlib import TopologicalSorter
 
+import grimp
 import pytest
+from conftest import REPOSITORY
 
 HEAVY = ("torch", "onnxruntime", "diffusers", "transformers", "optimum", "onnx", "grpc")
 
@@ -51,3 +56,16 @@ def test_serving_does_not_need_the_export_stack() -> None:
 def test_folders_of_the_checkout_are_not_importable() -> None:
     code = "import importlib.util as u; print([n for n in ('server', 'export', 'client', 'cli', 'protos') if u.find_spec(n)])"
     assert fresh(code).strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["img2img_server", "img2img_export", "img2img_client", "img2img_playground", "img2img_cli"])
+def test_modules_import_each_other_in_no_circle(package: str) -> None:
+    """Whatever is imported only in functions counts, too."""
+    graph = grimp.build_graph(package, exclude_type_checking_imports=True)
+    TopologicalSorter({module: graph.find_modules_directly_imported_by(module) for module in graph.modules}).prepare()
+
+
+def test_public_classes_of_the_server_have_names_of_their_own() -> None:
+    trees = [ast.parse(path.read_bytes()) for path in (REPOSITORY / "server" / "img2img_server").rglob("*.py")]
+    names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1 and not name.startswith("_")] == []

@@ -19,7 +19,7 @@ from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.onnx import providers
 from img2img_server.runtime.onnx.graph_sizes import Sizes
 from img2img_server.runtime.onnx.placement import Placement
-from img2img_server.runtime.onnx.providers import Choice, needed_libraries
+from img2img_server.runtime.onnx.providers import ProviderChoice, needed_libraries
 from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
 from img2img_server.runtime.providers import cuda
 from img2img_server.runtime.providers.device_runner import DeviceRunner
@@ -61,7 +61,7 @@ def test_unrecordable_graphs_are_reported_with_their_copies(
 
     folder = bundle("sd1")
     caplog.clear()
-    placement = Placement(folder, read_manifest(folder), Choice("cuda"), open_badly)
+    placement = Placement(folder, read_manifest(folder), ProviderChoice("cuda"), open_badly)
     make = placement.logged(cuda.runners(Execution("cuda", 1), 1, placement.open))
     with caplog.at_level(logging.INFO):
         make("text_encoder", folder / "text_encoder" / "model.onnx")

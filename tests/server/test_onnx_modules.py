@@ -18,7 +18,7 @@ from img2img_server.runtime import loader
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxModule, OnnxTextEncoder, OnnxVae
-from img2img_server.runtime.onnx.providers import Choice
+from img2img_server.runtime.onnx.providers import ProviderChoice
 from img2img_server.runtime.onnx.runners import HostRunner
 from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
 from onnx import TensorProto, helper
@@ -192,7 +192,7 @@ def test_the_fused_graph_is_tried_first_on_cuda(
     load_pipeline(folder, manifest, Execution("cpu"), open_graph=open_on_cpu)
     assert "unet_fused/model.onnx" not in opened
     opened.clear()
-    monkeypatch.setattr(loader, "choose", lambda provider: Choice("cuda"))
+    monkeypatch.setattr(loader, "choose", lambda provider: ProviderChoice("cuda"))
     with caplog.at_level(logging.WARNING):
         load_pipeline(folder, manifest, Execution("cuda"), open_graph=open_on_cpu)
     assert "unet_fused/model.onnx" in opened

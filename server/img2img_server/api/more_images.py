@@ -28,7 +28,7 @@ _SHARE = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class ReferenceImage:
     """A reference image as its model gets it, in RGB, and the digest of its content."""
 
     image: Image.Image
@@ -54,12 +54,12 @@ class References:
         for index, source in enumerate(sources):
             self._sources.check(source, f"{_FIELD}[{index}]")
 
-    async def read(self, sources: Sequence[pb.ImageSource]) -> tuple[Reference, ...]:
+    async def read(self, sources: Sequence[pb.ImageSource]) -> tuple[ReferenceImage, ...]:
         """Reads and decodes the references one after the other, so that only one file is in memory.
 
         Raises InvalidField, naming the reference or the field for bounds of all, or an error of reading sources and images.
         """
-        found: list[Reference] = []
+        found: list[ReferenceImage] = []
         bytes_left, pixels_left = _SHARE * self._limits.max_bytes, _SHARE * self._limits.max_source_pixels
         seconds_left = self._seconds
         for index, source in enumerate(sources):
@@ -78,7 +78,7 @@ class References:
             with self._codecs.memory.hold(current(), 0 if source.WhichOneof("source") == "data" else len(data)):
                 image, digest, size = await self._codecs.load_reference(data, LoadReference(field, self._limits, pixels_left))
             pixels_left -= size[0] * size[1]
-            found.append(Reference(image, digest))
+            found.append(ReferenceImage(image, digest))
         return tuple(found)
 
     def _too_slow(self, name: str) -> InvalidField:

@@ -37,7 +37,7 @@ class AssetStats:
 
 
 @dataclass(slots=True)
-class Entry:
+class AssetEntry:
     """A file. `size` is in bytes; `used` is its last use in seconds since 1970, and `touched` the last use that its filesystem
     has recorded; `media_type` is "" until it is first needed."""
 
@@ -64,19 +64,19 @@ class AssetIndex:
         self.size = self.reserved = 0
         self._share = share
         self._taken: Counter[str] = Counter()  # by owner: bytes of assets and of reservations
-        self._entries: dict[Key, Entry] = {}
+        self._entries: dict[Key, AssetEntry] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __iter__(self) -> Iterator[tuple[Key, Entry]]:
+    def __iter__(self) -> Iterator[tuple[Key, AssetEntry]]:
         return iter(list(self._entries.items()))
 
-    def get(self, key: Key) -> Entry | None:
+    def get(self, key: Key) -> AssetEntry | None:
         """The entry of a file, if it is known."""
         return self._entries.get(key)
 
-    def adopt(self, found: Found) -> Entry:
+    def adopt(self, found: Found) -> AssetEntry:
         """Updates an entry from the filesystem. A later use that is already known is kept."""
         key = found.owner, found.id
         entry = self._entries.get(key)
@@ -86,11 +86,11 @@ class AssetIndex:
         entry.size, entry.used, entry.touched = found.size, max(entry.used, found.used), found.used
         return entry
 
-    def enter(self, key: Key, size: int, used: float) -> Entry:
+    def enter(self, key: Key, size: int, used: float) -> AssetEntry:
         """Adds a file that was just written."""
         self.forget(key)
         self._count(key[0], size)
-        self._entries[key] = entry = Entry(size, used, used)
+        self._entries[key] = entry = AssetEntry(size, used, used)
         return entry
 
     def forget(self, key: Key) -> None:

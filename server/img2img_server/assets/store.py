@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from img2img_server import images
 from img2img_server.assets.files import AssetFiles, default_folder, open_files
-from img2img_server.assets.index import Asset, AssetIndex, AssetStats, Entry, Key, Reservation
+from img2img_server.assets.index import Asset, AssetEntry, AssetIndex, AssetStats, Key, Reservation
 from img2img_server.config import AssetSettings
 from img2img_server.errors import AssetNotFound, NotSupported, StorageFailed
 from img2img_server.support.fair_queue import FairThreads
@@ -252,7 +252,7 @@ class AssetStore:
         finally:
             self._index.release(reserved)
 
-    async def _used_again(self, key: Key) -> Entry | None:
+    async def _used_again(self, key: Key) -> AssetEntry | None:
         """The entry of a file that is already stored and intact, so that it need not be written; else None."""
         entry = await self._known(key)
         with suppress(FileNotFoundError):
@@ -287,7 +287,7 @@ class AssetStore:
             await self._work.run(self._files.remove, *key)
         self._index.forget(key)
 
-    async def _current(self, key: Key) -> Entry:
+    async def _current(self, key: Key) -> AssetEntry:
         """The entry of an asset that exists and has not expired. Raises AssetNotFound."""
         entry = await self._known(key)
         if entry is not None and self._is_old(entry):
@@ -297,22 +297,22 @@ class AssetStore:
             raise _not_found(key)
         return entry
 
-    async def _known(self, key: Key) -> Entry | None:
+    async def _known(self, key: Key) -> AssetEntry | None:
         if self._index.get(key) is None:
             with suppress(FileNotFoundError):  # another server with the same files may have stored it
                 self._index.adopt(await self._work.run(self._files.look, *key))
         return self._index.get(key)
 
-    async def _use(self, key: Key, entry: Entry) -> None:
+    async def _use(self, key: Key, entry: AssetEntry) -> None:
         entry.used = now = self._clock()
         if now - entry.touched >= _TOUCH:
             entry.touched = now
             await self._work.run(self._files.touch, *key, now)
 
-    def _is_old(self, entry: Entry) -> bool:
+    def _is_old(self, entry: AssetEntry) -> bool:
         return entry.used + self._settings.max_age < self._clock()
 
-    def _asset(self, key: Key, entry: Entry) -> Asset:
+    def _asset(self, key: Key, entry: AssetEntry) -> Asset:
         return Asset(key[1], entry.media_type, entry.size, entry.used + self._settings.max_age)
 
     @property

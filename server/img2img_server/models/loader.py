@@ -16,7 +16,7 @@ from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipe
 from img2img_server.engine.warmup import Size, WarmUp
 from img2img_server.errors import OutOfMemory, ShuttingDown
 from img2img_server.models.cost_store import CostStore
-from img2img_server.models.memory import Meter, Reading, in_words, least_slots, let_go, unopened
+from img2img_server.models.memory import MemoryReading, Meter, in_words, least_slots, let_go, unopened
 from img2img_server.models.registry import Hung, ModelRegistry, Stage
 from img2img_server.support.device_lock import DEVICE_IN_USE
 from img2img_server.support.threads import in_thread
@@ -113,7 +113,7 @@ class ModelLoader:
         await in_thread(work)
         _log.info("model '%s': the control graph is open, %s", name, in_words(self._models.get(name).memory))
 
-    async def read(self) -> Reading:
+    async def read(self) -> MemoryReading:
         """Measures the memory in use."""
         return await in_thread(self._meter.read)
 

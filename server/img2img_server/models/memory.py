@@ -30,7 +30,7 @@ _ON_GPU = ("cuda", "tensorrt")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class MemoryReading:
     """Memory in use, in bytes: `host` is the process's resident memory; `gpu` and `gpu_free` are the used and the free memory of
     the GPU, by all processes, None if PyTorch uses no GPU."""
 
@@ -43,7 +43,7 @@ class Reading:
         """The GPU's total memory in bytes, None if no GPU is used."""
         return None if self.gpu is None or self.gpu_free is None else self.gpu + self.gpu_free
 
-    def grown_to(self, later: "Reading", engine: str) -> int | None:
+    def grown_to(self, later: "MemoryReading", engine: str) -> int | None:
         """The growth until `later` in bytes, on the device of `engine`; None if unknown."""
         if engine.rpartition(":")[2] not in _ON_GPU:
             return later.host - self.host
@@ -53,7 +53,7 @@ class Reading:
 class Meter(Protocol):
     """Measures memory."""
 
-    def read(self) -> Reading:
+    def read(self) -> MemoryReading:
         """How much is in use now."""
         ...
 
@@ -61,10 +61,10 @@ class Meter(Protocol):
 class ProcessMeter:
     """Measures this process's memory, and the GPU's if PyTorch uses it. Run on fake CUDA libraries, not yet on a GPU."""
 
-    def read(self) -> Reading:
+    def read(self) -> MemoryReading:
         """Measures the memory in use. Waits while a model is loaded on the GPU."""
         gpu = _gpu_bytes()
-        return Reading(resident_bytes()) if gpu is None else Reading(resident_bytes(), *gpu)
+        return MemoryReading(resident_bytes()) if gpu is None else MemoryReading(resident_bytes(), *gpu)
 
 
 def resident_bytes() -> int:

@@ -38,7 +38,7 @@ from img2img_server.runtime.lora.graph import layers_of
 from img2img_server.runtime.onnx.components import Components
 from img2img_server.runtime.onnx.graph_sizes import Sizes
 from img2img_server.runtime.onnx.placement import Placement
-from img2img_server.runtime.onnx.providers import Choice, Probe, choose
+from img2img_server.runtime.onnx.providers import Probe, ProviderChoice, choose
 from img2img_server.runtime.onnx.runners import HostRunner, Make
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions, last_line, open_session
 from img2img_server.runtime.opaque.pipeline import OpaquePipeline
@@ -127,7 +127,7 @@ def load_pipeline(
     return _load_graphs(loading, choice, open_graph, keep)
 
 
-def _load_graphs(loading: Loading, choice: Choice, open_graph: Open, keep: Callable[[Make], Make]) -> Pipeline:
+def _load_graphs(loading: Loading, choice: ProviderChoice, open_graph: Open, keep: Callable[[Make], Make]) -> Pipeline:
     """Loads an ONNX bundle on the chosen provider; if the provider is "auto" and the GPU does not run the bundle, on the CPU."""
     bundle, manifest, execution = loading.bundle, loading.manifest, loading.execution
     placement = Placement(bundle, manifest, choice, open_graph)
@@ -153,7 +153,7 @@ def _load_graphs(loading: Loading, choice: Choice, open_graph: Open, keep: Calla
         why = last_line(error)
         _log.warning("%s: runs on the CPU, not on the GPU: %s", bundle.name, why)
         declined = (*choice.declined, Probe(choice.provider, problem=why))
-        choice = Choice("cpu", declined=declined)
+        choice = ProviderChoice("cpu", declined=declined)
     return _load_graphs(loading, choice, open_graph, keep)
 
 
@@ -193,7 +193,7 @@ def _controlnet(components: Components, engine: str, device: str, controlnets: C
     return net
 
 
-def _runners(choice: Choice, execution: Execution, threads: int, open_graph: Open, sizes: Sizes) -> tuple[Make, str, str]:
+def _runners(choice: ProviderChoice, execution: Execution, threads: int, open_graph: Open, sizes: Sizes) -> tuple[Make, str, str]:
     """The function that makes the provider's runners, the provider's name in results, and the device of tensors."""
     if choice.provider == "cpu":
         options = SessionOptions("cpu", threads)

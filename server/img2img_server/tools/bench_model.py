@@ -182,7 +182,7 @@ def _rows(text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class TimedLine:
     """The result of one case; its size is 0 x 0 if the size makes no difference.
 
     `median`, `lower` and `upper` quartile are in seconds. `ratio` is the speed relative to the last provider of the same case,
@@ -209,7 +209,7 @@ class Report:
     date: str
     machine: dict[str, str]
     rounds: int
-    lines: tuple[Line, ...]
+    lines: tuple[TimedLine, ...]
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -228,7 +228,9 @@ def summarize(cases: "Sequence[TimedCase]", bundle: str) -> Report:
         lower, median, upper = quartiles(case.seconds)
         same = [other for other in measured if _key(other) == _key(case)]
         ratio = _ratio(same[-1].seconds, case.seconds)
-        lines.append(Line(case.component, case.provider, *case.size, case.rows, median, lower, upper, ratio, tuple(case.seconds)))
+        lines.append(
+            TimedLine(case.component, case.provider, *case.size, case.rows, median, lower, upper, ratio, tuple(case.seconds))
+        )
     rounds = max((len(case.seconds) for case in measured), default=0)
     return Report(bundle, time.strftime("%Y-%m-%d %H:%M:%S"), machine(), rounds, tuple(lines))
 
@@ -292,7 +294,7 @@ def _draw(report: Report, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _bars(panel: Any, lines: Sequence[Line], ticks: Sequence[int], index: int, count: int) -> None:
+def _bars(panel: Any, lines: Sequence[TimedLine], ticks: Sequence[int], index: int, count: int) -> None:
     if not lines:
         return
     width = 0.8 / count
@@ -305,7 +307,7 @@ def _tick(width: int, height: int, rows: int) -> str:
     return f"{width}x{height}\n{rows} rows" if width else f"{rows} rows"
 
 
-def _sections(lines: Sequence[Line]) -> Iterator[list[Line]]:
+def _sections(lines: Sequence[TimedLine]) -> Iterator[list[TimedLine]]:
     """The lines of each part, sorted by size and rows, so that providers are adjacent."""
     for component in dict.fromkeys(line.component for line in lines):
         own = [line for line in lines if line.component == component]

@@ -45,7 +45,7 @@ Exit status: 0 success, 1 no metrics at the address, 2 wrong arguments.
 _TIMEOUT = 5.0
 _MOST_BYTES = 16 * 2**20
 """Maximum bytes of a response. A server with a hundred models sends about 1 MB."""
-STAGES = ("queue", "encode", "denoise", "decode", "total")
+_STAGES = ("queue", "encode", "denoise", "decode", "total")
 """Stages of a transform, in order."""
 
 Labels = frozenset[tuple[str, str]]
@@ -209,7 +209,7 @@ def _model(now: Samples, change: _Change, model: str) -> ModelView:
         step_seconds=change.mean("img2img_device_call_duration_seconds", model=model, stage="denoise"),
         rows=change.mean("img2img_batch_rows", model=model),
         requests=change.mean("img2img_batch_requests", model=model),
-        stages={stage: change.mean("img2img_transform_stage_duration_seconds", model=model, stage=stage) for stage in STAGES},
+        stages={stage: change.mean("img2img_transform_stage_duration_seconds", model=model, stage=stage) for stage in _STAGES},
     )
 
 

@@ -1,17 +1,21 @@
 """The screen of `img2img top`: draws a snapshot as rich tables."""
 
+from typing import TYPE_CHECKING
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from img2img_server.telemetry.logs import escape
-from img2img_server.tools.top import STAGES, ModelView, Snapshot
+
+if TYPE_CHECKING:  # top.py imports this module when it draws
+    from img2img_server.tools.top import ModelView, Snapshot
 
 _NOTHING = "-"
 _STATES = {"ready": "green", "loading": "yellow", "failed": "red"}
 
 
-def draw(snapshot: Snapshot, problem: str = "") -> RenderableType:
+def draw(snapshot: "Snapshot", problem: str = "") -> RenderableType:
     """The whole screen. `problem` is the error of the last reading, if any."""
     parts: list[RenderableType] = [_head(snapshot), Text(), _summary(snapshot), Text(), _models(snapshot.models)]
     parts += [Text(), _stages(snapshot.models)]
@@ -20,12 +24,12 @@ def draw(snapshot: Snapshot, problem: str = "") -> RenderableType:
     return Group(*parts)
 
 
-def _head(snapshot: Snapshot) -> Text:
+def _head(snapshot: "Snapshot") -> Text:
     up = "" if snapshot.uptime is None else f", up {_duration(snapshot.uptime)}"
     return _text(f"img2img {snapshot.version} at {snapshot.url}{up}, last {snapshot.seconds:.0f} s", "bold")
 
 
-def _summary(snapshot: Snapshot) -> Table:
+def _summary(snapshot: "Snapshot") -> Table:
     work = snapshot.work_seconds
     hits = _NOTHING if snapshot.cache_hits is None else f"{snapshot.cache_hits:.0%}"
     rates = [f"{status} {rate:.1f}" for status, rate in sorted(snapshot.requests_per_second.items(), key=_ok_first)]
@@ -45,7 +49,7 @@ def _summary(snapshot: Snapshot) -> Table:
     return table
 
 
-def _models(models: tuple[ModelView, ...]) -> Table:
+def _models(models: "tuple[ModelView, ...]") -> Table:
     table = _table("model", "state", "engine", "memory", "images/s", "step ms", "rows", "requests", names=3)
     for model in models:
         table.add_row(
@@ -61,10 +65,11 @@ def _models(models: tuple[ModelView, ...]) -> Table:
     return table
 
 
-def _stages(models: tuple[ModelView, ...]) -> Table:
-    table = _table("transforms", *(f"{stage} s" for stage in STAGES), names=1)
+def _stages(models: "tuple[ModelView, ...]") -> Table:
+    stages = list(dict.fromkeys(stage for model in models for stage in model.stages))
+    table = _table("transforms", *(f"{stage} s" for stage in stages), names=1)
     for model in models:
-        table.add_row(_text(model.id), *(_mean(model.stages.get(stage), 1, 2) for stage in STAGES))
+        table.add_row(_text(model.id), *(_mean(model.stages.get(stage), 1, 2) for stage in stages))
     return table
 
 

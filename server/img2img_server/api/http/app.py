@@ -15,7 +15,7 @@ from img2img_server.api.http import openapi
 from img2img_server.api.http.errors import MethodNotAllowed, PathNotFound
 from img2img_server.api.http.exchange import ClientLeft, Exchange, Receive, Send
 from img2img_server.api.http.images import Images
-from img2img_server.api.http.models import Models
+from img2img_server.api.http.models import ModelList
 from img2img_server.api.interceptors import call_of, cancelled_status, failed
 from img2img_server.api.transport import Readers
 from img2img_server.errors import DeadlineExpired, ServerError
@@ -35,7 +35,7 @@ class App:
     def __init__(self, access: Access, telemetry: Telemetry, readers: Readers, health: HealthServicer) -> None:
         self._access, self._telemetry, self._readers, self._health = access, telemetry, readers, health
         self._images: Images | None = None
-        self._models: Models | None = None
+        self._models: ModelList | None = None
         self._handlers: dict[str, Handler] = {
             "POST /v1/images/edits": lambda exchange, call: self._ready(self._images).edit(exchange, call, variation=False),
             "POST /v1/images/variations": lambda exchange, call: self._ready(self._images).edit(exchange, call, variation=True),
@@ -49,7 +49,7 @@ class App:
         self._router = Router([self._route(*method.split(" ")) for method in self._handlers], redirect_slashes=False)
         telemetry.names({method: method for method in self._handlers})
 
-    def serve(self, images: Images, models: Models) -> None:
+    def serve(self, images: Images, models: ModelList) -> None:
         """Sets the services that answer requests."""
         self._images, self._models = images, models
 

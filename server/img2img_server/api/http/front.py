@@ -16,7 +16,7 @@ from img2img_server.api.http.app import App
 from img2img_server.api.http.connection import Connection, Limits
 from img2img_server.api.http.forms import BodyLimits
 from img2img_server.api.http.images import Images
-from img2img_server.api.http.models import Models
+from img2img_server.api.http.models import ModelList
 from img2img_server.api.models import ModelService
 from img2img_server.api.tls import server_context
 from img2img_server.api.transform import ImageToImageService
@@ -101,7 +101,7 @@ class HttpFront:
     ) -> None:
         """Sets the services that answer requests. Until then, requests are refused with ServerStarting."""
         limits = BodyLimits(self._config.max_message_bytes)
-        self._app.serve(Images(transforms, assets, runner, memory, limits), Models(models))
+        self._app.serve(Images(transforms, assets, runner, memory, limits), ModelList(models))
 
     async def close(self, seconds: float) -> None:
         """Closes the port and idle connections, and waits up to `seconds` for requests. Then it aborts their connections.

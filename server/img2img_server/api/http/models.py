@@ -12,7 +12,7 @@ from img2img_server.api.models import ModelService
 _KNOWN = ("family", "pipeline_class", "backend", "engine", "size_multiple", "detail")
 
 
-class Models:
+class ModelList:
     """GET /v1/models and GET /v1/models/{id} by ModelService."""
 
     def __init__(self, service: ModelService) -> None:

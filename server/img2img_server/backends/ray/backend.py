@@ -26,7 +26,7 @@ _NEEDED = ("ray", "starlette", "fastapi")
 INSTALL = f"the engine 'ray' needs Ray Serve, which is not installed: {install_hint('ray')}"
 
 
-class Connection(Protocol):
+class ReplicasConnection(Protocol):
     """A front's connection to its replicas, which are deployed if they do not exist yet."""
 
     async def open(self) -> Replicas:
@@ -41,7 +41,7 @@ class Connection(Protocol):
 class ClusterBackend:
     """A front of an application's replicas. The methods are those of Backend."""
 
-    def __init__(self, config: ServerConfig, connection: Connection) -> None:
+    def __init__(self, config: ServerConfig, connection: ReplicasConnection) -> None:
         self._config = config
         self._connection = connection
         self._roster: Roster | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnxruntime
 
 from img2img_server.bundle.manifest import Manifest
-from img2img_server.runtime.onnx.providers import Choice
+from img2img_server.runtime.onnx.providers import ProviderChoice
 from img2img_server.runtime.onnx.runners import Make, Runner
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions, describe
 
@@ -58,7 +58,7 @@ class Placement:
     """Records the sessions opened for one bundle. Runners are made with its `open`; `logged` wraps the function that makes
     them."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, choice: Choice, open_graph: Open) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, choice: ProviderChoice, open_graph: Open) -> None:
         self._bundle = bundle
         self._precisions = {component.name: component.numbers for component in manifest.components}
         self._why = "".join(f"; not on {probe}" for probe in choice.declined)

@@ -61,7 +61,7 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ProviderChoice:
     """The provider to use, and the better ones that cannot be used."""
 
     provider: str
@@ -74,7 +74,7 @@ class Choice:
         return f"{used}; {reasons}" if reasons else used
 
 
-def choose(asked: str) -> Choice:
+def choose(asked: str) -> ProviderChoice:
     """Chooses the provider for the setting `asked`: one of execution.PROVIDERS, or "auto" for the best that can be used.
 
     Raises BundleError with the reason if a provider that is set by name cannot be used.
@@ -83,11 +83,11 @@ def choose(asked: str) -> Choice:
         found = probe(asked)
         if found.problem:
             raise BundleError(f"provider '{asked}' cannot be used: {found.problem}")
-        return Choice(asked, found.detail)
+        return ProviderChoice(asked, found.detail)
     declined: list[Probe] = []
     for found in map(probe, PROVIDERS):
         if not found.problem:
-            return Choice(found.name, found.detail, tuple(declined))
+            return ProviderChoice(found.name, found.detail, tuple(declined))
         declined.append(found)
     raise BundleError("no provider can be used: " + "; ".join(map(str, declined)))
 

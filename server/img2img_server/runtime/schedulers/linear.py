@@ -170,7 +170,7 @@ def _draw(steps: Sequence[SolverStep], trajectories: Sequence[Trajectory], laten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reading:
+class SolverReading:
     """One step, before unused memory is removed. `coefficients` is [1 + slots after it, 2 + slots before it], float64."""
 
     coefficients: torch.Tensor
@@ -199,7 +199,7 @@ def compile_schedule(scheduler: Any, timesteps: torch.Tensor) -> LinearSolver | 
     Returns None if a step is not linear, or draws noise in an unknown way. Raises the errors of the scheduler's step.
     """
     probe = _Probe(scheduler)
-    readings: list[Reading] = []
+    readings: list[SolverReading] = []
     for timestep in timesteps.cpu():
         reading = probe.step(timestep)
         if reading is None:
@@ -225,7 +225,7 @@ class _Probe:
         self._arguments = step_arguments(self._scheduler, self._noise)
         self._places: list[tuple[Any, Any]] = []
 
-    def step(self, timestep: torch.Tensor) -> Reading | None:
+    def step(self, timestep: torch.Tensor) -> SolverReading | None:
         """Steps the scheduler once. Returns None if the step was not linear."""
         sample, output = self._unit(0), self._unit(1)
         given = torch.stack([sample, output, *(holder[key] for holder, key in self._places)]).flatten(1).double()
@@ -278,7 +278,7 @@ def _is_probe(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == (1, _CHANNELS, 1, 1)
 
 
-def _read(given: torch.Tensor, taken: torch.Tensor, noise: torch.Tensor, input_scale: float) -> Reading | None:
+def _read(given: torch.Tensor, taken: torch.Tensor, noise: torch.Tensor, input_scale: float) -> SolverReading | None:
     """The coefficients with which `given` [terms, _CHANNELS] became `taken` [rows, _CHANNELS]; None if they do not fit."""
     silent = slice(TERMS, TERMS + _SILENT)
     draws = bool(noise.any())
@@ -292,10 +292,10 @@ def _read(given: torch.Tensor, taken: torch.Tensor, noise: torch.Tensor, input_s
     # Written such that NaN fails.
     if not bool(((coefficients @ given + added - taken).abs() <= allowed).all()):
         return None
-    return Reading(coefficients, input_scale, draws, factor)
+    return SolverReading(coefficients, input_scale, draws, factor)
 
 
-def prune(readings: Sequence[Reading]) -> tuple[SolverStep, ...]:
+def prune(readings: Sequence[SolverReading]) -> tuple[SolverStep, ...]:
     """Removes unused memory, from the last step to the first: a step remembers only tensors that a later step uses, and computes
     only combinations that are not among its terms."""
     steps: list[SolverStep] = []
@@ -334,15 +334,15 @@ def skipping(solver: LinearSolver, called: Sequence[int], predicted: Sequence[Pr
     """
     ends = [*called[1:], len(solver.steps)]
     readings = [
-        Reading(_joined(solver.steps[begin:end], predicted[begin:end]), solver.input_scales[begin], False, 0.0)
+        SolverReading(_joined(solver.steps[begin:end], predicted[begin:end]), solver.input_scales[begin], False, 0.0)
         for begin, end in zip(called, ends, strict=True)
     ]
     return LinearSolver(solver.timesteps[list(called)], tuple(one.input_scale for one in readings), prune(readings))
 
 
 def _joined(steps: Sequence[SolverStep], predicted: Sequence[Predicted]) -> torch.Tensor:
-    """The coefficients of `steps` as one, as of a `Reading`. Terms are the latents, the output of the first step, and what that
-    step remembers; rows are the new latents and what the last step remembers."""
+    """The coefficients of `steps` as one, as of a `SolverReading`. Terms are the latents, the output of the first step, and what
+    that step remembers; rows are the new latents and what the last step remembers."""
     unit = torch.eye(2 + steps[0].remembered, dtype=torch.float64)
     latents, output, memory = unit[0], unit[1], list(unit[2:])
     image = predicted[0][0] * latents + predicted[0][1] * output
