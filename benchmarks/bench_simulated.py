@@ -7,10 +7,11 @@ alone, without the overhead of Python, codecs or gRPC: an upper bound, and the s
 import argparse
 import itertools
 import json
+import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ _STEP = 0.0051
 _ENCODE, _DECODE = 0.0014, 0.0032
 """Seconds to encode and decode a 512 x 512 image: the lower bounds."""
 _MIX_STEPS = (4, 8, 12, 20, 25, 30, 50)
+_TURN = 0.02
+"""Seconds from a result to the next request of a client that always sends one: codecs and the network."""
 
 
 def call_seconds(images: float) -> float:
@@ -94,6 +97,70 @@ def few_among_a_flood(count: int) -> list[Job]:
     return sorted(flood + few, key=lambda job: job.arrival)
 
 
+@dataclass(slots=True)
+class Alike:
+    """Clients that send requests of 20 steps, each the next one `_TURN` seconds after its last has ended, give or take a fifth.
+
+    The first ones come within that time, too. `sent` has the times at which the requests that are due were sent."""
+
+    clients: int
+    count: int
+    sent: list[float] = field(default_factory=list)
+    last: float = 0.0
+    _turns: random.Random = field(default_factory=lambda: random.Random(1))
+
+    def __post_init__(self) -> None:
+        self.sent = sorted(_TURN * self._turns.random() for _ in range(self.clients))
+
+    def ended(self, now: float, requests: int = 1) -> None:
+        """Records that requests ended: their clients send the next ones, until `count` were sent."""
+        self.last = now
+        self.sent = sorted([*self.sent, *(now + _TURN * self._turns.uniform(0.8, 1.2) for _ in range(requests))])
+
+    def take(self, now: float, most: int) -> list[float]:
+        """Removes requests that were sent until `now`, at most `most`, and returns when they were."""
+        taken = [time for time in self.sent if time <= now][: min(most, self.count)]
+        self.sent, self.count = self.sent[len(taken) :], self.count - len(taken)
+        return taken
+
+
+def lock_alike(load: Alike) -> float:
+    """Peer (a) under alike requests. Returns when the last one ended, in seconds."""
+    return batch_alike(load, 1)
+
+
+def batch_alike(load: Alike, most: int = 8, delay: float = 0.01) -> float:
+    """Peer (b) under alike requests: it waits for others until the first has waited for `delay`."""
+    now = 0.0
+    while load.count:
+        first = load.sent[0]
+        now = max(now, min(first + delay, load.sent[most - 1] if len(load.sent) >= most else math.inf), first)
+        batch = load.take(now, most)
+        now += 20 * call_seconds(len(batch)) + len(batch) * (_ENCODE + _DECODE)
+        load.ended(now, len(batch))
+    return load.last
+
+
+def engine_alike(load: Alike) -> float:
+    """Ours under alike requests."""
+    device, engine = _measured_engine(QueueLimits())
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Completed):
+            load.ended(device.now)
+
+    while True:
+        for _ in load.take(device.now, load.count):
+            engine.submit(Request("m", IMAGE, "", "", 1.0, 20, 7.5, (0,)), listen)
+        if not engine.step():
+            if not load.count:
+                return load.last
+            device.now = max(device.now, load.sent[0])
+
+
+_ALIKE = {"ours": engine_alike, "lock": lock_alike, "batching": batch_alike}
+
+
 def run_lock(jobs: Sequence[Job]) -> list[float]:
     """Peer (a): one request after the other. Returns the latency of each."""
     free, took = 0.0, []
@@ -146,12 +213,18 @@ class _Device(ManualDevice):
         return super().finish(states)
 
 
+def _measured_engine(limits: QueueLimits) -> tuple[_Device, Engine]:
+    """An engine on the simulated device after the server's warm-up, at time 0."""
+    device = _Device()
+    engine = Engine({"m": device}, limits, device.clock)
+    engine.costs.adopt("m", WarmUp(limits.max_batch_size, 10.0, device.clock).measure("m", device))
+    device.now = 0.0
+    return device, engine
+
+
 def run_engine(jobs: Sequence[Job]) -> list[float]:
     """Ours: the engine, stepped by the simulation, with the server's warm-up."""
-    device = _Device()
-    engine = Engine({"m": device}, QueueLimits(max_waiting=len(jobs), max_client_waiting=len(jobs)), device.clock)
-    engine.costs.adopt("m", WarmUp(QueueLimits().max_batch_size, 10.0, device.clock).measure("m", device))
-    device.now = 0.0
+    device, engine = _measured_engine(QueueLimits(max_waiting=len(jobs), max_client_waiting=len(jobs)))
     took = [0.0] * len(jobs)
 
     def listener(index: int) -> Callable[[Event], None]:
@@ -213,6 +286,12 @@ def run(arguments: argparse.Namespace) -> int:
     for name, servers in figures.items():
         for server, row in servers.items():
             table.add_row(name, server, *(f"{value:.1f}" for value in row.values()))
+    for clients in (8, 16, 32):
+        count = max(arguments.requests // 5, 10 * clients)
+        rates = {server: count / drive(Alike(clients, count)) for server, drive in _ALIKE.items()}
+        figures[f"{clients} clients, all 20 steps"] = {server: {"rate": rate} for server, rate in rates.items()}
+        for server, rate in rates.items():
+            table.add_row(f"{clients} clients, all 20 steps", server, f"{rate:.1f}")
     Console(width=110).print(table)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(figures, indent=1) + "\n")

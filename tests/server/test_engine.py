@@ -101,8 +101,8 @@ def test_all_requests_share_a_call_if_batching_costs_nothing() -> None:
 
 def test_requests_that_arrive_together_are_encoded_together() -> None:
     engine, pipeline, _ = make_engine(QueueLimits(max_admitted=3))
-    for _ in range(4):
-        Caller(engine).submit(num_inference_steps=2)
+    for steps in (2, 2, 2, 3):
+        Caller(engine).submit(num_inference_steps=steps)
     run_out(engine)
     assert pipeline.encoded == [3, 1]
     assert pipeline.decoded == [3, 1]

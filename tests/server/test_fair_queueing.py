@@ -137,8 +137,8 @@ def test_eta_beside_shorter_requests_is_accurate() -> None:
 
 def test_client_without_running_requests_is_admitted_first() -> None:
     engine, pipeline, _ = make_engine(QueueLimits(max_active=2, max_batch_size=1, max_admitted=1))
-    for _ in range(2):
-        Caller(engine).submit(num_inference_steps=3, client="many")
+    for steps in (3, 4):
+        Caller(engine).submit(num_inference_steps=steps, client="many")
         engine.step()
     for _ in range(4):
         Caller(engine).submit(num_inference_steps=1, client="many")

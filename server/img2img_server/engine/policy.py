@@ -43,6 +43,8 @@ class Job:
     images: int = 1
     work: float = 1.0
     """How many times longer a step takes than one of as many plain rows, which the costs are of (see Plan)."""
+    steps_done: float = 0.0
+    """As if they had been like its next step."""
 
     @property
     def seconds(self) -> JobSeconds:
@@ -57,6 +59,11 @@ class Job:
     def seconds_left(self) -> float:
         """The seconds it still takes if it runs alone."""
         return self.setup + self.steps_left * self.step_seconds + self.ending
+
+    @property
+    def length(self) -> float:
+        """The seconds of the whole request if it runs alone, without what came before its first step once that is done."""
+        return self.seconds_left + self.steps_done * self.step_seconds
 
     @property
     def presses_at(self) -> float:
@@ -129,7 +136,7 @@ def _several(jobs: Sequence[Job]) -> bool:
 _PATIENCE = 8
 """Calls that may pass over a request before it leads one; four times as many while a deadline presses."""
 _URGENT = 4.0
-"""The maximum weight of a delay for a request with less work left than the joining one."""
+"""The maximum weight of a delay for a request that is shorter than the joining one."""
 _MOST_STRETCHED = 1.5
 """The factor by which jobs of clients with more usage than the leader's may lengthen its call."""
 _UNKNOWN = 1.0
@@ -145,9 +152,9 @@ class Policy:
        client, so none starves. It never leads instead of another client's job: between clients, fair queueing prevents
        starvation.
     2. The members: jobs of its group, in the same order, as many as gain most. A shared call saves all requests the extra time
-       of separate calls, but delays members that have less work left than a joining job. If the duration of a call does not
-       depend on its rows, all join. If it grows with the rows, jobs with about as much work left share calls, so that long ones
-       do not delay short ones. Clients with more usage than the leader's request takes lengthen its calls by at most half.
+       of separate calls, but delays members that are shorter than a joining job. If the duration of a call does not depend on
+       its rows, all join. If it grows with the rows, jobs of about the same length share calls, so that long ones do not delay
+       short ones. Clients with more usage than the leader's request takes lengthen its calls by at most half.
 
     If there are several clients, a job's rank includes its client's usage and its client's requests ahead of it.
     `max_batch_size` limits the rows of a call; measured costs may limit them further.
@@ -195,7 +202,7 @@ class Policy:
             usage = charge(usage, left, batch, seconds)
             now += seconds
             for job in batch:
-                job.steps_left -= steps
+                job.steps_left, job.steps_done = job.steps_left - steps, job.steps_done + steps
                 job.setup = 0.0
                 if job.steps_left <= 0:
                     now += job.ending
@@ -213,7 +220,7 @@ class Policy:
     def _group_work(self, jobs: list[Job], max_rows: dict[str, int | None], most: int) -> float:
         jobs.sort(key=lambda job: job.steps_left)
         widest = max(job.rows for job in jobs)
-        cap = max(widest, min(self._cap(jobs[0], max_rows), most * widest))
+        cap = max(widest, min(self.most_rows(jobs[0], max_rows), most * widest))
         rows, load, steps, seconds = sum(job.rows for job in jobs), _load(jobs), 0.0, 0.0
         for job in jobs:
             if job.steps_left > steps:
@@ -228,7 +235,7 @@ class Policy:
     def row_seconds(self, like: Job, rows: int, max_rows: dict[str, int | None], most: int) -> float:
         """The seconds of a step of one row like those of a job, if `rows` rows share calls as far as that pays, at most `most`
         requests each."""
-        shared = min(rows, max(like.rows, min(self._cap(like, max_rows), most * like.rows)))
+        shared = min(rows, max(like.rows, min(self.most_rows(like, max_rows), most * like.rows)))
         return self._call_seconds(like, shared) / shared
 
     def next_seconds(self, jobs: Iterable[Job], max_rows: dict[str, int | None], now: float) -> float:
@@ -244,9 +251,9 @@ class Policy:
         self, order: Sequence[Job], leader: Job | None, others: int, max_rows: dict[str, int | None], usage: Usage
     ) -> list[Job]:
         leader = leader or order[0]
-        lefts = [leader.seconds_left]
-        fair = usage.get(leader.client, 0.0) + lefts[0]
-        limit, cap = self._limit(leader, max_rows), self._cap(leader, max_rows)
+        lengths = [leader.length]
+        fair = usage.get(leader.client, 0.0) + leader.seconds_left
+        limit, cap = self._limit(leader, max_rows), self.most_rows(leader, max_rows)
         batch, rows, takes, widest = [leader], leader.rows, leader.step_seconds, leader.rows
         load = leader.rows * leader.work
         apart, lost, best, size = takes, 0.0, 0.0, 1
@@ -266,20 +273,20 @@ class Policy:
             if takes > _MOST_STRETCHED * leader.step_seconds and usage.get(job.client, 0.0) > fair:
                 takes = before
                 continue
-            left = job.seconds_left
+            length = job.length
             if takes > before:
-                lost += (takes - before) * _delayed(lefts, left)
+                lost += (takes - before) * _delayed(lengths, length)
             apart += job.step_seconds
             rows, load = together, heavier
             batch.append(job)
-            lefts.append(left)
+            lengths.append(length)
             gain = (apart - takes) * (len(order) + others) - lost
             if gain > best:
                 best, size = gain, len(batch)
         return batch[:size]
 
-    def _cap(self, like: Job, max_rows: dict[str, int | None]) -> int:
-        """The largest number of rows of a call."""
+    def most_rows(self, like: Job, max_rows: dict[str, int | None]) -> int:
+        """The largest number of rows of a call of jobs like this one that pays."""
         return self._costs.cap(like.group, like.pixels, self._limit(like, max_rows))
 
     def _limit(self, like: Job, max_rows: dict[str, int | None]) -> int:
@@ -290,7 +297,9 @@ class Policy:
         return _UNKNOWN if known is None else known
 
 
-def _delayed(lefts: Sequence[float], left: float) -> float:
-    """How many members of the call, which have `lefts` seconds left, are delayed by one that joins with `left`, weighted: one
-    with far less left counts several times."""
-    return sum(min(_URGENT, left / max(less, 1e-9) - 1.0) for less in lefts if less < left)
+def _delayed(lengths: Sequence[float], length: float) -> float:
+    """How many members of the call, which take `lengths` seconds alone, are delayed by one that joins and takes `length`.
+
+    A far shorter one counts several times. It does not matter how much of each is done: a few milliseconds more are little to a
+    long request that is nearly done."""
+    return sum(min(_URGENT, length / max(shorter, 1e-9) - 1.0) for shorter in lengths if shorter < length)

@@ -363,6 +363,12 @@ class Ticket:
     """Whether a slot counts against its client's limit for it (admission.py)."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while the listener is called, because another thread may end the request."""
+    kind: Hashable = field(init=False)
+    """What requests have in common that take equal parts in equally many calls."""
+
+    def __post_init__(self) -> None:
+        plan = self.plan
+        self.kind = (self.group, plan.rows, plan.step_count, plan.work, plan.speedup)
 
     @property
     def ended(self) -> bool:

@@ -27,7 +27,8 @@ _LEAST_NEWS, _MOST_NEWS = 4, 32
 _SECONDS_PER_NEWS = 0.005
 """Between the minimum and the maximum, one is forecast for each such time since the step before."""
 _SUMMED_CALLS = 8
-"""Calls after which the sums over active requests, used for estimates, are computed again."""
+"""Calls after which the sums over active requests, used for estimates, are computed again, and requests are sought that could
+join a call where there were none."""
 _MOST_COMPARED = 32
 """Waiting requests that are searched for ones with the first one's shape, to be admitted with it."""
 
@@ -79,7 +80,9 @@ class Scheduler:
         self._unknown: set[str] = set()  # models of requests that came before their costs were known
         self._forecast_at = self._news_at = -math.inf
         self._jobs: dict[int, Job] = {}  # of active requests
+        self._kinds: Counter[Hashable] = Counter()  # active requests of each kind
         self._calls = 0
+        self._none_joined: tuple[int, int, int] | None = None  # when no waiting request could join a call
         self._in_progress = ActiveSums(self._policy, 0)
         self.cancelled: deque[Ticket] = deque()
         """Where tickets note that they were cancelled."""
@@ -174,17 +177,58 @@ class Scheduler:
         return [(ticket, error) for ticket in tickets if (error := _gone(ticket, now)) and self.leave(ticket)]
 
     def admit(self, now: float) -> list[Ticket]:
-        """Admits the first waiting request and a few that share its shape, so the active ones wait for one encoding at most."""
-        free = min(self.limits.max_admitted, self.limits.max_active - len(self.active))
+        """Admits the first waiting request that could join a call and a few that share its shape, so the active ones wait for one
+        encoding at most. If none is active, all that are alike and fill a call are admitted, and so end together."""
+        free = self.limits.max_active - len(self.active)
         if free <= 0 or not self.waiting:
             return []
-        order = itertools.islice(self._in_order(now), _MOST_COMPARED)
-        first = next(order)
-        alike = (ticket for ticket in order if ticket.group == first.group)
-        chosen = [first, *itertools.islice(alike, free - 1)]
+        newest = next(reversed(self._tickets[RequestStatus.WAITING]))
+        seen = newest, len(self.active), self._calls // _SUMMED_CALLS
+        if seen == self._none_joined:
+            return []
+        joining = self._joining(now)
+        if (first := next(joining, None)) is None:
+            self._none_joined = seen
+            return []
+        few, most = min(free, self.limits.max_admitted), 0 if self.active else self._most_rows(first)
+        chosen, rows = [first], first.plan.rows
+        for ticket in joining:
+            if len(chosen) >= (free if most else few):
+                break
+            fills = ticket.kind == first.kind and rows + ticket.plan.rows <= most
+            if fills or (len(chosen) < few and ticket.group == first.group):
+                chosen.append(ticket)
+                rows += ticket.plan.rows
         for ticket in chosen:
             self._move(ticket, RequestStatus.ACTIVE)
         return chosen
+
+    def _joining(self, now: float) -> Iterator[Ticket]:
+        """The first waiting requests, in the order of their admission, without those that could not join a call because active
+        requests that are like them, and have priority, fill it. These would be encoded earlier than needed, each alone as it
+        comes, and not together when the active ones end."""
+        held: dict[Hashable, bool] = {}
+        for ticket in itertools.islice(self._in_order(now), _MOST_COMPARED):
+            if ticket.kind not in held:  # later ones of that kind have less priority
+                held[ticket.kind] = self._is_held(ticket, now)
+            if not held[ticket.kind]:
+                yield ticket
+
+    def _is_held(self, ticket: Ticket, now: float) -> bool:
+        """Whether active requests like a waiting one, and with priority over it, fill a call."""
+        alike, rows = self._kinds[ticket.kind], ticket.plan.rows
+        if not alike or (alike + 1) * rows <= (most := self._most_rows(ticket)):
+            return False
+        active = self._tickets[RequestStatus.ACTIVE]
+        for job in self._policy.in_order((*self._jobs.values(), self._job(ticket)), now):
+            if job.number == ticket.number or alike == 0:
+                break
+            alike -= active[job.number].kind == ticket.kind
+        return (self._kinds[ticket.kind] - alike + 1) * rows > most
+
+    def _most_rows(self, ticket: Ticket) -> int:
+        """The rows of the largest call that pays for requests like a waiting one."""
+        return self._policy.most_rows(self._job(ticket), self._max_rows)
 
     def next_batch(self, now: float) -> list[Ticket]:
         """The requests of the next call."""
@@ -230,12 +274,12 @@ class Scheduler:
         return self._queue.work(group_sums(self._active_jobs()))
 
     def seconds_to_admission(self, now: float) -> float | None:
-        """Seconds until the first waiting request is expected to be admitted: after the next step if fewer than `max_active` are
-        active, else when the first active one ends. None if costs are unknown."""
+        """Seconds until the next waiting request is expected to be admitted: after the next step if one can be, else when the
+        first active one ends. None if costs are unknown."""
         jobs = self._active_jobs()
         if not jobs or not all(self._costs.knows(job.group[0]) for job in jobs):
             return None
-        if len(jobs) < self.limits.max_active:
+        if len(jobs) < self.limits.max_active and (not self.waiting or next(self._joining(now), None) is not None):
             return self._policy.next_seconds(jobs, self._max_rows, now)
         return next(end for _, end in self._policy.forecast(jobs, self._max_rows, now)) - now
 
@@ -351,9 +395,13 @@ class Scheduler:
             job = self._queue.remove(ticket)
             if status is RequestStatus.ACTIVE:
                 self._jobs[ticket.number] = job
+                self._kinds[ticket.kind] += 1
                 self._queue.activate(ticket.request.client)
         elif ticket.status is RequestStatus.ACTIVE:
             del self._jobs[ticket.number]
+            self._kinds[ticket.kind] -= 1
+            if not self._kinds[ticket.kind]:
+                del self._kinds[ticket.kind]
             self._queue.deactivate(ticket.request.client)
         ticket.status = status
         self._tickets[status][ticket.number] = ticket
@@ -368,7 +416,7 @@ class Scheduler:
             if ticket.plan.calls:
                 call = ticket.next_call
                 job.group, job.pixels, job.rows = (ticket.request.model, call.shape), call.pixels, call.rows
-            job.steps_left = ticket.steps_left
+            job.steps_left, job.steps_done = ticket.steps_left, ticket.step
             job.passed_over = ticket.passed_over
             kind = job.group, job.rows, job.images, job.work, state is None
             if (seconds := known.get(kind)) is None:
