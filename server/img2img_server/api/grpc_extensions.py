@@ -22,9 +22,18 @@ CALL_IS_GONE = (cygrpc.InternalError, cygrpc._ServerStoppedError)
 
 
 class _Outcome(asyncio.Future[None]):
-    """The future that gRPC awaits. It succeeds even if the batch fails, and keeps the error."""
+    """The future that gRPC awaits. It succeeds even if the batch fails, and keeps the error.
+
+    It calls `end` at once: a callback of the future would wake the event loop once more for each batch.
+    """
 
     failure: BaseException | None = None
+    end: Callable[[], None]
+
+    def set_result(self, result: None, /) -> None:
+        """The batch has ended."""
+        super().set_result(result)
+        self.end()
 
     def set_exception(self, exception: type | BaseException, /) -> None:
         """Keeps the error."""
@@ -43,9 +52,12 @@ class _Loop:
         return self._outcome
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *arguments: object) -> None:
-        """Schedules `callback`. gRPC calls this on any loop's thread: one loop polls the events of all."""
-        on_this_thread = asyncio._get_running_loop() is self._loop
-        (self._loop.call_soon if on_this_thread else self._loop.call_soon_threadsafe)(callback, *arguments)
+        """Schedules `callback`, which ends the batch. gRPC calls this on any loop's thread: one loop polls the events of all. On
+        this loop's thread it is called at once, as gRPC does if it was given the loop itself."""
+        if asyncio._get_running_loop() is self._loop:
+            callback(*arguments)
+        else:
+            self._loop.call_soon_threadsafe(callback, *arguments)
 
 
 async def execute_batch(call: Any, operations: tuple[Any, ...], loop: asyncio.AbstractEventLoop) -> None:
@@ -55,15 +67,17 @@ async def execute_batch(call: Any, operations: tuple[Any, ...], loop: asyncio.Ab
     """
     outcome, ended = _Outcome(loop=loop), loop.create_future()
     batch = _execute(call, operations, _Loop(loop, outcome))
+
+    def end() -> None:
+        try:
+            with contextlib.suppress(StopIteration):
+                batch.send(None)
+        finally:
+            if not ended.done():
+                ended.set_result(None)
+
+    outcome.end = end
     batch.send(None)  # starts it, up to the await of its future
-
-    def end(_: object) -> None:
-        with contextlib.suppress(StopIteration):
-            batch.send(None)
-        if not ended.done():
-            ended.set_result(None)
-
-    outcome.add_done_callback(end)
     await ended
     failure, outcome.failure = outcome.failure, None
     if failure is not None:

@@ -3,7 +3,7 @@
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 from img2img.v1 import image_to_image_pb2 as pb
@@ -18,7 +18,7 @@ from img2img_server.bundle.lora_files import LoraFiles
 from img2img_server.codecs.jobs import LoadImage, LoadMask
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import DEFAULT_PROMPT, ServerConfig
-from img2img_server.engine.request import Mask, Pipeline, Request
+from img2img_server.engine.request import Mask, Pipeline, Plan, Request
 from img2img_server.errors import InvalidField
 from img2img_server.models.registry import Model
 from img2img_server.sources.reading import Sources, asset_of
@@ -34,6 +34,8 @@ _FORMATS: dict[int, images.WriteFormat] = {
 _MAX_SEED = 2**63 - 1
 _PLANNING = 2
 """Threads that plan requests, which may be slow the first time."""
+_MOST_PLANNED = 64
+"""Kinds of requests that are known to have been planned: fewer than the schedulers that a pipeline caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class Parser:
         self._references = References(sources, codecs, config.image_limits, config.sources.http_seconds)
         self._controls = Controls(sources, codecs, config.image_limits)
         self._threads = FairThreads(_PLANNING, "img2img-plan")
+        # Of requests that were planned. An address may be of a later pipeline: its first plan is slow, once.
+        self._planned: set[Hashable] = set()
         self._loras = LoraFiles(config.loras.folder)
 
     async def parse(
@@ -184,8 +188,7 @@ class Parser:
             fidelity=fidelity,
             controls=controls,
         )
-        # The engine plans the request too. Its slow part is cached here, off the engine's and the event loop's threads.
-        plan = await self._threads.run(_pipeline_of(model).plan, request)
+        plan = await self._plan(_pipeline_of(model), request)
         if not (previews and images.holds(size, "JPEG")):  # as previews are sent
             request = replace(request, preview_interval=0)
         elif reading.preview_count is not None:
@@ -205,6 +208,18 @@ class Parser:
             tuple(map(asset_of, message.reference_images)),
             tuple(asset_of(control.image) for control in message.controls),
         )
+
+    async def _plan(self, pipeline: Pipeline, request: Request) -> Plan:
+        """Plans a request, as the engine will again. The slow part of it is cached here, off the engine's and the event loop's
+        threads. If one like it was planned before, there is no slow part, and no thread that would wake the event loop."""
+        kind = id(pipeline), request.scheduler, request.num_inference_steps, request.strength, request.size, request.fidelity
+        if kind in self._planned and not request.loras and not request.controls:
+            return pipeline.plan(request)
+        plan = await self._threads.run(pipeline.plan, request)
+        if len(self._planned) >= _MOST_PLANNED:
+            self._planned.clear()
+        self._planned.add(kind)
+        return plan
 
     async def _mask(self, message: pb.TransformRequest, rule: images.MaskRule, size: tuple[int, int]) -> Mask:
         """Reads and decodes the message's mask for a result of `size`."""

@@ -269,7 +269,9 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
 
     async def _response(self, job: ParsedRequest, completed: Completed, reserved: Reservation | None) -> pb.TransformResponse:
         pairs = zip(completed.images, job.request.seeds, strict=True)
-        encoded = await asyncio.gather(*(self._encode(job, image, seed, completed.speedup) for image, seed in pairs))
+        encoding = [self._encode(job, image, seed, completed.speedup) for image, seed in pairs]
+        # One image needs no task of its own, which would wake the event loop two more times.
+        encoded = [await encoding[0]] if len(encoding) == 1 else await asyncio.gather(*encoding)
         timings = completed.timings
         assert job.model.manifest is not None, "loaded models have a manifest"
         return pb.TransformResponse(

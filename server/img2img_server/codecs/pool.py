@@ -254,6 +254,39 @@ class StageStats:
     waiting: int
 
 
+class _Guard:
+    """Kills the process of a job `_GRACE` seconds after the job's caller has left, and after `_LONGEST` seconds in any case. A
+    timer, not a task, which would wake the event loop for each job."""
+
+    def __init__(self) -> None:
+        self._process: CodecProcess | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._left = False
+
+    def begin(self, process: CodecProcess) -> None:
+        """The job begins in a process."""
+        self._process = process
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(_GRACE, process.kill) if self._left else loop.call_later(_LONGEST, self._too_long, process)
+
+    def leave(self) -> None:
+        """The caller has left, perhaps before the job begins."""
+        self._left = True
+        if (process := self._process) is not None:
+            self.end()
+            self.begin(process)
+
+    def end(self) -> None:
+        """The job has ended: its process may be in another one."""
+        self._process = None
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _too_long(self, process: CodecProcess) -> None:
+        _log.warning("a codec took more than %g s: killing its process", _LONGEST)
+        process.kill()
+
+
 class Processes:
     """Up to `most` codec processes, created on demand and replaced when they die."""
 
@@ -281,11 +314,11 @@ class Processes:
         Raises the job's errors, ProcessDied or ShuttingDown. If the caller is cancelled, the job's process is killed after
         `_GRACE`; until then the job keeps its slot and memory.
         """
-        left = asyncio.Event()
+        guard = _Guard()
         try:
-            return await self._slots.run(current().client, lambda: self._run(job, pack, unpack, memory, left))
+            return await self._slots.run(current().client, lambda: self._run(job, pack, unpack, memory, guard))
         except asyncio.CancelledError:
-            left.set()
+            guard.leave()
             raise
         except ProcessDied:
             if self._closed:
@@ -307,9 +340,9 @@ class Processes:
         await asyncio.gather(*(process.close() for process in self._all))
         self._all.clear()
 
-    async def _run(self, job: Job, pack: Pack, unpack: Unpack[_T], memory: ImageMemory | None, left: asyncio.Event) -> _T:
+    async def _run(self, job: Job, pack: Pack, unpack: Unpack[_T], memory: ImageMemory | None, guard: "_Guard") -> _T:
         process = self._idle_one() or await self._started()
-        guard = asyncio.create_task(self._guard(process, left))
+        guard.begin(process)
         try:
             with ExitStack() as held:
                 file = await pack()
@@ -319,7 +352,7 @@ class Processes:
                     os.close(file)
                 return await unpack(value, answer)
         finally:
-            guard.cancel()
+            guard.end()
             if process.alive and not self._closed:
                 self._idle.append(process)
             else:
@@ -333,16 +366,6 @@ class Processes:
                 return process
             self._replace(process)
         return None
-
-    async def _guard(self, process: CodecProcess, left: asyncio.Event) -> None:
-        """Kills a process if its caller has left or its job takes too long."""
-        try:
-            async with asyncio.timeout(_LONGEST):
-                await left.wait()
-            await asyncio.sleep(_GRACE)
-        except TimeoutError:
-            _log.warning("a codec took more than %g s: killing its process", _LONGEST)
-        process.kill()
 
     async def _started(self) -> CodecProcess:
         if self._closed:

@@ -31,7 +31,7 @@ class FairSlots:
         self._in_progress: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         self._used: dict[str, float] = {}
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def slot(self, client: str) -> AsyncIterator[None]:
@@ -47,27 +47,35 @@ class FairSlots:
         """Runs `work` in a slot. If the caller is cancelled while it waits, it leaves the queue; work that has started keeps its
         slot to its end."""
         await self._acquire(client)
-        task = asyncio.create_task(self._do(client, work))
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return await asyncio.shield(task)
+        # Not asyncio.shield: its callbacks would wake the event loop two more times for each job.
+        result: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        self._tasks.add(asyncio.create_task(self._do(client, work, result)))
+        return await result
 
     async def settle(self) -> None:
         """Waits until all work started by `run` has ended."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _do(self, client: str, work: Callable[[], Awaitable[_T]]) -> _T:
+    async def _do(self, client: str, work: Callable[[], Awaitable[_T]], result: "asyncio.Future[_T]") -> None:
+        """Runs `work` in a slot, and sets its result or error unless the caller has left."""
         began = self._clock()
         try:
-            return await work()
+            value = await work()
+        except asyncio.CancelledError:
+            result.cancel()
+            raise
+        except BaseException as error:  # noqa: BLE001 - the caller gets it
+            if not result.done():
+                result.set_exception(error)
+        else:
+            if not result.done():
+                result.set_result(value)
         finally:
             self._release(client, self._clock() - began)
-
-    def _done(self, task: "asyncio.Task[object]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # retrieved, since asyncio warns if the caller has left
+            task = asyncio.current_task()
+            assert task is not None, "run made one"
+            self._tasks.discard(task)
 
     async def _acquire(self, client: str) -> None:
         self._used.setdefault(client, min(self._used.values(), default=0.0))
