@@ -32,7 +32,7 @@ _OTHER_MODELS = {"sdxl-overflow", "qwenimage-layered"}
 _FLAGS_OF = {
     "README.md": tuple(COMMANDS),
     "docs/architecture.md": ("serve",),
-    "docs/devices.md": ("serve",),
+    "docs/devices.md": ("serve", "export"),
     "docs/clients.md": ("transform", "reproduce", "models", "assets", "health", "serve"),
     "docs/export.md": ("export", "inspect", "transform", "serve"),
     "docs/monitoring.md": ("serve", "top", "models"),
