@@ -4,8 +4,6 @@ A session keeps nothing from one call to the next, and several threads may call 
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,10 +29,3 @@ def keep_sessions() -> None:
             return open_graph(self, graph, options)
 
     patch.object(placement.Placement, "open", open_once).start()
-
-
-@contextmanager
-def own_sessions() -> Iterator[None]:
-    """Within it, each pipeline opens sessions of its own, which end with it: for tests of memory."""
-    with patch("kept_sessions.KEPT", Path("/nowhere")):
-        yield
