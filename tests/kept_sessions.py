@@ -18,14 +18,17 @@ def keep_sessions() -> None:
     """From now on, pipelines of this process share the sessions of kept bundles, on the CPU provider."""
     from img2img_server.runtime.onnx import placement, sessions
 
-    opened = functools.lru_cache(MOST_SESSIONS)(sessions.open_session)
     open_graph = placement.Placement.open
+
+    @functools.lru_cache(MOST_SESSIONS)
+    def opened(path: Path, changed: int, options: sessions.SessionOptions) -> object:
+        return sessions.open_session(path, options)
 
     def open_once(self: placement.Placement, graph: Path, options: sessions.SessionOptions) -> object:
         usual = self._open is sessions.open_session and options.provider == "cpu" and not options.weights
         if not usual or not graph.resolve().is_relative_to(KEPT):
             return open_graph(self, graph, options)
-        with patch.object(self, "_open", lambda path, how: opened(path.resolve(), how)):
+        with patch.object(self, "_open", lambda path, how: opened(path.resolve(), path.stat().st_mtime_ns, how)):
             return open_graph(self, graph, options)
 
     patch.object(placement.Placement, "open", open_once).start()
