@@ -202,7 +202,8 @@ def test_json_has_every_number(server: RunningServer, capsys: pytest.CaptureFixt
 
 def snapshot(**settings: object) -> Snapshot:
     """A busy server's."""
-    model = ModelView("sd1", "ready", "onnx:cuda", 2**31, 1.5, 0.0123, 4.5, 2.25, {"queue": 0.5, "encode": 0.25, "total": 2.0})
+    stages = {"queue": 0.5, "encode": 0.25, "denoise": None, "decode": None, "total": 2.0}
+    model = ModelView("sd1", "ready", "onnx:cuda", 2**31, 1.5, 0.0123, 4.5, 2.25, stages)
     values: dict[str, object] = {
         "url": "http://gpu:9464/metrics", "version": "0.1.0", "uptime": 7260.0, "seconds": 10.0, "active": 3.0, "waiting": 7.0,
         "requests_per_second": {"CANCELLED": 0.5, "OK": 2.0}, "work_seconds": 12.5, "call_seconds": 0.2, "cache_hits": 0.5,
