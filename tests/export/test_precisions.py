@@ -79,7 +79,6 @@ def test_fp16_overflow_keeps_the_component_in_fp32_with_the_reason(
     assert set(precisions(manifest).values()) == {"fp16", "fp32"}
 
 
-@pytest.mark.nightly  # test_unet_and_decoder_are_static_int8_except_for_listed_layers always runs
 def test_components_that_fail_in_int8_fall_back_with_the_reason(
     bundle: Get, tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
