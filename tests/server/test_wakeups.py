@@ -23,7 +23,7 @@ MOST = 40
 def callbacks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts the callbacks that event loops run, by the name of their thread."""
     counted: Counter[str] = Counter()
-    run = asyncio.Handle._run  # type: ignore[attr-defined]
+    run = asyncio.Handle._run
 
     def counting(handle: asyncio.Handle) -> None:
         counted[threading.current_thread().name] += 1
