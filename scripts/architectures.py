@@ -50,6 +50,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     "Chroma": ("chroma",),
     "SANA-Sprint": ("sana-sprint",),
     "Flux Fill": ("flux-fill",),
+    "Flux Depth and Canny": ("flux-control",),
+    "SDXL with a ControlNet and PAG": ("sdxl-control-pag",),
 }
 """Common names of architectures, and their tiny models, which may differ in their graphs only."""
 

@@ -21,7 +21,8 @@ from img2img_server.bundle.controls import FAMILY
 from img2img_server.config import LoraFolder
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.models.registry import Model, ModelRegistry
-from img2img_server.support.model_fields import GUIDED, FieldRule
+from img2img_server.support.model_fields import CONTROLNETS as NAMES_CONTROLNETS
+from img2img_server.support.model_fields import GUIDED, OWN_CONTROL, FieldRule
 from img2img_server.support.source_rule import SourceRule
 from PIL import Image, ImageChops, ImageOps
 from playwright.async_api import Browser, BrowserContext, Locator, Page, async_playwright, expect
@@ -31,6 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 IMAGE = REPOSITORY / "demo" / "images" / "noon-lake.png"
 LORAS = ("detail", "ghibli 'style'")
 CONTROLNETS = ("depth", "edges")
+_KIND = (("family", "small"),)
 PATIENCE = 60.0
 """Seconds that a busy machine may take for what takes none."""
 
@@ -84,7 +86,7 @@ class InvertingPipeline(FakePipeline):
         self.before["denoise"] = gate.pass_one
         self.native_size = (128, 128)  # IMAGE's
         self.source_rule = SourceRule(mask="optional")
-        self.fields = {**GUIDED, "reference_images": FieldRule(), "loras": FieldRule(), "controls": FieldRule()}
+        self.fields = {**GUIDED, "reference_images": FieldRule(), "loras": FieldRule(), **NAMES_CONTROLNETS}
         self.let_go = threading.Semaphore(0)
 
     def finish(self, states: Sequence[FakeState]) -> Sequence[Sequence[Image.Image]]:
@@ -125,10 +127,21 @@ class Stand:
         self.port = server.port
 
     def _models(self) -> ModelRegistry:
-        """One that runs, one that is not in memory, one that cannot be loaded, and two ControlNets."""
-        there = [Model("m", manifest("acme/m"), self.pipeline), Model("asleep", manifest("acme/asleep"))]
+        """One that runs, one that reads a control image by itself, one that is not in memory, one that cannot be loaded, two
+        ControlNets of the first, and one of another kind."""
+        own = FakePipeline()
+        own.fields = {**GUIDED, **OWN_CONTROL}
+        there = [
+            Model("m", manifest("acme/m"), self.pipeline, control_kind=_KIND),
+            Model("asleep", manifest("acme/asleep")),
+            Model("sees-depth", manifest("acme/sees-depth"), own),
+        ]
         broken = Model("broken", problem="a secret of the server's", detail="its file is cut short")
-        nets = [Model(name, replace(manifest(f"acme/{name}"), family=FAMILY), FakePipeline()) for name in CONTROLNETS]
+        kinds = {**dict.fromkeys(CONTROLNETS, _KIND), "depth-xl": (("family", "XL"),)}
+        nets = [
+            Model(name, replace(manifest(f"acme/{name}"), family=FAMILY), FakePipeline(), control_kind=kind)
+            for name, kind in kinds.items()
+        ]
         return ModelRegistry([*there, broken, *nets], default="m")
 
     def down(self) -> None:

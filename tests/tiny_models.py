@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny_controlnets
 import tiny_edits
 import tiny_kandinsky
 import tiny_kolors
@@ -16,6 +17,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
     EulerAncestralDiscreteScheduler,
@@ -29,6 +31,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGImg2ImgPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPAGImg2ImgPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPAGImg2ImgPipeline,
@@ -129,6 +132,14 @@ def _stable_diffusion_xl_pag(directory: Path) -> None:
     """SDXL with perturbed attention guidance."""
     _stable_diffusion_xl(directory)
     _save_as(directory, StableDiffusionXLPAGImg2ImgPipeline)
+
+
+def _stable_diffusion_xl_control_pag(directory: Path) -> None:
+    """SDXL with a ControlNet of its own and PAG."""
+    _stable_diffusion_xl(directory)
+    net = ControlNetModel.from_pretrained(tiny_controlnets.build(directory, directory / "controlnet", "a"))
+    pipeline = StableDiffusionXLControlNetPAGImg2ImgPipeline.from_pretrained(directory, controlnet=net)
+    pipeline.save_pretrained(directory, safe_serialization=True)
 
 
 def _stable_diffusion_3_pag(directory: Path) -> None:
@@ -289,10 +300,12 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "flux": tiny_transformers.flux_schnell,
     "flux-dev": tiny_transformers.flux_dev,
     "flux-fill": tiny_transformers.flux_fill,
+    "flux-control": tiny_transformers.flux_control,
     "sd-tiny-vae": _stable_diffusion_tiny_vae,
     "sd-masked": _stable_diffusion_masked,
     "sd-pag": _stable_diffusion_pag,
     "sdxl-pag": _stable_diffusion_xl_pag,
+    "sdxl-control-pag": _stable_diffusion_xl_control_pag,
     "sd3-pag": _stable_diffusion_3_pag,
     "if": _deepfloyd_if,
     "kontext": tiny_edits.flux_kontext,

@@ -10,6 +10,7 @@ from diffusers import (
     ChromaPipeline,
     ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlPipeline,
     FluxFillPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -99,6 +100,12 @@ def flux_fill(directory: Path) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     more = 4 * CHANNELS + 4 * 8 * 8
     _save_flux(directory, guidance=True, scheduler=scheduler, more_channels=more, pipeline_class=FluxFillPipeline)
+
+
+def flux_control(directory: Path) -> None:
+    """Like Flux Depth and Canny: the transformer also takes the latents of a control image."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    _save_flux(directory, guidance=True, scheduler=scheduler, more_channels=4 * CHANNELS, pipeline_class=FluxControlPipeline)
 
 
 def _save_flux(

@@ -198,7 +198,7 @@ def _controls(arguments: argparse.Namespace, record: Mapping[str, Any]) -> list[
         raise ValueError(f"--control FILE is needed {len(recorded)} times: not all control images of FILE were assets")
     images = [f"asset:{control['asset']}" for control in recorded] if given is None else given
     return [
-        Control(control["model"], image, control["scale"], control["start"], control["end"], control.get("control_mode"))
+        Control(control["model"] or None, image, control["scale"], control["start"], control["end"], control.get("control_mode"))
         for control, image in zip(recorded, images, strict=True)
     ]
 

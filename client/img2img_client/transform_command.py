@@ -130,11 +130,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=_control,
         action="append",
         default=[],
-        metavar="MODEL=FILE[,scale=S][,start=A][,end=B][,control_mode=M]",
+        metavar="[MODEL=]FILE[,scale=S][,start=A][,end=B][,control_mode=M]",
         dest="controls",
         help="image for a ControlNet of the server, such as edges or a pose, as a file or an address; scale is the factor of its "
         "effect, start and end the fractions of the steps between which it applies, control_mode the kind of the image for a "
-        "union (repeatable)",
+        "union (repeatable); `img2img models --controlnets` lists those that fit; without MODEL, for models that read such an "
+        "image by themselves",
     )
     bound = group.add_mutually_exclusive_group()
     bound.add_argument(
@@ -288,14 +289,16 @@ def _loras(given: "list[tuple[str, float]]") -> dict[str, float]:
 
 
 def _control(text: str) -> Control:
-    """A control: its model, its image, and numbers after commas."""
+    """A control: its model if it has one, its image, and numbers after commas."""
     model, equals, rest = text.partition("=")
+    if not equals or model.rpartition(",")[2] in _CONTROL_NUMBERS:
+        model, rest = "", text
     image, *parts = rest.split(",")
     # A file's name may contain commas.
     while parts and parts[0].partition("=")[0] not in _CONTROL_NUMBERS:
         image += f",{parts.pop(0)}"
-    if not (model and equals and image):
-        raise argparse.ArgumentTypeError(f"must be MODEL=FILE, not {text!r}")
+    if not image:
+        raise argparse.ArgumentTypeError(f"must be MODEL=FILE or FILE, not {text!r}")
     numbers: dict[str, Any] = {}
     for part in parts:
         name, _, value = part.partition("=")
@@ -306,7 +309,7 @@ def _control(text: str) -> Control:
         except ValueError:
             kind = "an integer" if _CONTROL_NUMBERS[name] is int else "a number"
             raise argparse.ArgumentTypeError(f"{name} must be {kind}, not {value!r}") from None
-    return Control(model, image, **numbers)
+    return Control(model or None, image, **numbers)
 
 
 def _source(image: str) -> "ImageInput":

@@ -49,13 +49,13 @@ class ModelReference:
 class Control:
     """An image for a ControlNet of the server, and how strongly the result follows it.
 
-    `model` is the ControlNet's id or a ModelReference. `image` is a file's path, a file's bytes, a Pillow image, an Asset, or an
-    address that the server reads. `scale` is the factor of its effect; it applies to the steps from `start` to `end`, both
-    fractions of all steps. None means the server's default: 1, 0 and 1. `control_mode` is the kind of the image for a union
-    ControlNet, which needs one; None for others.
+    `model` is the ControlNet's id or a ModelReference; None for models that read a control image by themselves. `image` is a
+    file's path, a file's bytes, a Pillow image, an Asset, or an address that the server reads. `scale` is the factor of its
+    effect; it applies to the steps from `start` to `end`, both fractions of all steps. None means the server's default: 1, 0 and
+    1. `control_mode` is the kind of the image for a union ControlNet, which needs one; None for others.
     """
 
-    model: str | ModelReference
+    model: str | ModelReference | None
     image: "ImageInput"
     scale: float | None = None
     start: float | None = None
@@ -121,7 +121,8 @@ class ModelInfo:
     request can choose, empty if the model supports only its own. `engines` are candidate engines. `memory_bytes` were measured
     when it was loaded, None if unknown. `detail` is a readable text: the current loading step, or why the model is not ready.
     `fields` are the options that requests can set, empty if the model is not ready or the server is older than this list.
-    `speedups` are what a request's `fidelity` can buy, the fastest first.
+    `speedups` are what a request's `fidelity` can buy, the fastest first. `controlnets` are the ids of the ControlNets that the
+    `controls` of its requests may name.
     """
 
     id: str
@@ -140,6 +141,7 @@ class ModelInfo:
     detail: str = ""
     fields: tuple[FieldInfo, ...] = ()
     speedups: tuple[SpeedupInfo, ...] = ()
+    controlnets: tuple[str, ...] = ()
 
     def field(self, name: str) -> FieldInfo | None:
         """The option of that name, None if the model does not take it or `fields` is empty."""

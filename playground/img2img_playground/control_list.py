@@ -7,7 +7,7 @@ from dataclasses import replace
 from nicegui import ui
 
 from img2img_playground.components import ImagePicker
-from img2img_playground.extras import ControlImage, most_controls
+from img2img_playground.extras import ControlImage, control_numbers, most_controls, names_controlnets
 from img2img_playground.failures import Failure
 from img2img_playground.images import ImageFile
 from img2img_playground.number_control import NumberControl
@@ -31,20 +31,29 @@ class ControlList:
     ) -> None:
         self._address, self._change, self._remove, self._refresh = address, change, remove, refresh
         self._rows: list[_ControlRow] = []
-        self._offered: tuple[str, ...] = ()
+        self._offered: tuple[str, ...] | None = None
+        self._names: tuple[str, ...] = ()
         with ui.element("div").classes("control-images").props('role=group aria-label="Control images"') as self._box:
             self._hint = ui.label().classes("control-hint")
             self._list = ui.element("div").classes("control-rows")
             self._picker = ImagePicker(upload, refused, "Add a control image", everywhere=False)
 
     def show(self, session: Session) -> None:
-        """Shows the session's control images if its model takes them and the server has ControlNets."""
-        most, controls, offered = most_controls(session.model), session.extras.controls, session.controlnets
-        self._box.set_visibility(most > 0 and bool(offered or controls))
-        self._hint.text = f"Control images, up to {most}: edges, depth or a pose that the result follows"
+        """Shows the session's control images if its model takes them, and ControlNets fit it or it needs none."""
+        most = most_controls(session.model)
+        controls = session.extras.controls[:most]  # others stay, for models that take more
+        offered = session.controlnets if names_controlnets(session.model) else None
+        numbers = control_numbers(session.model)
+        self._box.set_visibility(most > 0 and (offered is None or bool(offered or controls)))
+        self._hint.text = (
+            "Control image, which this model needs: edges or a depth map that the result follows"
+            if offered is None
+            else f"Control images, up to {most}: edges, depth or a pose that the result follows"
+        )
         self._picker.set_visibility(len(controls) < most)
-        if [row.control.image for row in self._rows] != [control.image for control in controls] or offered != self._offered:
-            self._offered = offered
+        changed = (offered, numbers) != (self._offered, self._names)
+        if changed or [row.control.image for row in self._rows] != [control.image for control in controls]:
+            self._offered, self._names = offered, numbers
             self._list.clear()
             with self._list:
                 self._rows = [self._row(control) for control in controls]
@@ -53,16 +62,18 @@ class ControlList:
             row.show(control, is_wrong=wrong in (index, -1))
 
     def _row(self, control: ControlImage) -> "_ControlRow":
-        return _ControlRow(control, self._offered, self._address, self._change, self._remove, self._refresh)
+        return _ControlRow(control, self._offered, self._names, self._address, self._change, self._remove, self._refresh)
 
 
 class _ControlRow:
-    """A control image with its settings."""
+    """A control image with its settings: the ControlNet, unless none are `offered` because the model reads it by itself, and its
+    `names` of ControlImage.DEFAULTS."""
 
     def __init__(
         self,
         control: ControlImage,
-        offered: tuple[str, ...],
+        offered: tuple[str, ...] | None,
+        names: tuple[str, ...],
         address: Callable[[str], str],
         change: Callable[[ControlImage], None],
         remove: Callable[[ImageFile], None],
@@ -78,8 +89,9 @@ class _ControlRow:
                     ui.element("img").props.update({"src": address(image.id), "alt": image.name})
                     button = ui.button(icon="close", on_click=lambda: remove(image)).props("flat round dense")
                     button.props["aria-label"] = f"Remove {image.name}"
-                names = (*offered, *((control.model,) if control.model not in offered else ()))
-                self.model = ui.select(list(names), label="ControlNet", value=control.model, on_change=self._choose)
+                known = [*(offered or ()), *((control.model,) if control.model not in (offered or ()) else ())]
+                self.model = ui.select(known, label="ControlNet", value=control.model, on_change=self._choose)
+                self.model.set_visibility(offered is not None)
                 self.model.props("outlined dense hide-bottom-space data-field=controls popup-content-class=menu").on(
                     "popup-show", refresh
                 )
@@ -89,6 +101,8 @@ class _ControlRow:
                 "start": NumberControl("start", "Start", "The part of the steps before it applies", 0, 1, 0.05, set_number),
                 "end": NumberControl("end", "End", "The part of the steps until it stops to apply", 0, 1, 0.05, set_number),
             }
+            for name, number in self._numbers.items():
+                number.set_visibility(name in names)
         self._show_numbers()
         self._showing = False
 

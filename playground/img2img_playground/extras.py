@@ -1,6 +1,6 @@
 """The images of a request beside its source: a mask, references, and control images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -9,13 +9,14 @@ from img2img_client import Control
 from img2img_playground.images import ImageFile
 
 if TYPE_CHECKING:
-    from img2img_client.options import TransformOptions
+    from img2img_client.options import ImageInput, TransformOptions
     from img2img_client.values import ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
 class ControlImage:
-    """An image for the ControlNet `model`, the factor of its effect, and the part of the steps that it applies to."""
+    """An image for the ControlNet `model`, "" if the request's model reads it by itself; the factor of its effect, and the part
+    of the steps that it applies to."""
 
     DEFAULTS: ClassVar[Mapping[str, float]] = {"scale": 1.0, "start": 0.0, "end": 1.0}
 
@@ -24,6 +25,18 @@ class ControlImage:
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+
+    def fitted(self, model: "ModelInfo", offered: Sequence[str]) -> Self | None:
+        """As the model takes it, None if it does not: `offered` are the ControlNets that fit."""
+        if names_controlnets(model):
+            name = self.model or next(iter(offered), "")
+            return replace(self, model=name) if name else None
+        kept = {name: getattr(self, name) for name in control_numbers(model)}
+        return type(self)(self.image, "", **kept)
+
+    def control(self, image: "ImageInput") -> Control:
+        """The client's value, with an image."""
+        return Control(self.model or None, image, self.scale, self.start, self.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +54,16 @@ class Extras:
         masks = () if self.mask is None else (self.mask,)
         return (*masks, *self.references, *(control.image for control in self.controls))
 
-    def fitted(self, model: "ModelInfo | None") -> Self:
-        """Without the images that the model does not take, which the server would refuse."""
+    def fitted(self, model: "ModelInfo | None", offered: Sequence[str] = ()) -> Self:
+        """Without the images that the model does not take, which the server would refuse. `offered` are the ControlNets that fit
+        it."""
         mask = self.mask if takes_mask(model) else None
+        controls = () if model is None else (one.fitted(model, offered) for one in self.controls[: most_controls(model)])
         return replace(
             self,
             mask=mask,
             references=self.references[: most_references(model, mask is not None)],
-            controls=self.controls[: most_controls(model)],
+            controls=tuple(one for one in controls if one is not None),
         )
 
     @property
@@ -64,7 +79,7 @@ class Extras:
         if self.references:
             options["reference_images"] = [image.data for image in self.references]
         if self.controls:
-            options["controls"] = [Control(one.model, one.image.data, one.scale, one.start, one.end) for one in self.controls]
+            options["controls"] = [one.control(one.image.data) for one in self.controls]
         return options
 
     def names(self) -> dict[str, object]:
@@ -75,7 +90,7 @@ class Extras:
         if self.references:
             names["reference_images"] = [image.name for image in self.references]
         if self.controls:
-            names["controls"] = [Control(one.model, one.image.name, one.scale, one.start, one.end) for one in self.controls]
+            names["controls"] = [one.control(one.image.name) for one in self.controls]
         return names
 
 
@@ -97,3 +112,25 @@ def most_controls(model: "ModelInfo | None") -> int:
     """The maximum number of control images that the model is known to take."""
     field = None if model is None else model.field("controls")
     return 0 if field is None else field.max_count
+
+
+def names_controlnets(model: "ModelInfo | None") -> bool:
+    """Whether the model's control images are for ControlNets, and not for the model itself, which then needs one."""
+    field = None if model is None else model.field("controls")
+    return field is not None and not field.required
+
+
+def control_numbers(model: "ModelInfo | None") -> tuple[str, ...]:
+    """The numbers of a control that the model takes."""
+    if model is None or (names_controlnets(model) and model.field("controls.model") is None):  # of an older server
+        return tuple(ControlImage.DEFAULTS)
+    return tuple(name for name in ControlImage.DEFAULTS if model.field(f"controls.{name}") is not None)
+
+
+def offered_controlnets(model: "ModelInfo | None", known: Sequence[str]) -> tuple[str, ...]:
+    """The ControlNets to offer for the model, of those that the server has."""
+    if model is None or not names_controlnets(model):
+        return ()
+    if model.field("controls.model") is None:  # of a server that does not say which fit
+        return tuple(known)
+    return tuple(name for name in known if name in model.controlnets)

@@ -5,6 +5,7 @@ from nicegui import ui
 from img2img_playground.code_dialog import CodeDialog
 from img2img_playground.control_list import ControlList
 from img2img_playground.controls import Controls
+from img2img_playground.extras import offered_controlnets
 from img2img_playground.failures import Failure
 from img2img_playground.gallery import Gallery
 from img2img_playground.images import MAX_BYTES, ImageFile
@@ -72,13 +73,14 @@ class Page:
     def show(self) -> None:
         """Updates all parts; only changes are sent to the browser."""
         session, state = self._session, self._watch.state
-        session.model, session.controlnets = model_of(session.settings, state.models), state.controlnets
+        session.model = model_of(session.settings, state.models)
+        session.controlnets = offered_controlnets(session.model, state.controlnets)
         if session.settings == Settings():
             session.settings = session.settings.followed(None, session.model)
         self._stage.show(session)
         self._references.show(session)
         self._control_images.show(session)
-        self._controls.show(session.settings, state, session.failure, session.extras.fitted(session.model).given)
+        self._controls.show(session.settings, state, session.failure, session.fitted_extras.given)
         self._bar.show(session.run, ready=session.source is not None)
         self._gallery.show(session.history, session.shown)
         self._presets.show(session.settings)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from img2img_client.errors import Img2ImgError
 from img2img_client.values import Completed, Progress, Queued, Started, TransformEvent, TransformResult
 
-from img2img_playground.extras import NO_EXTRAS, ControlImage, Extras, most_controls, most_references
+from img2img_playground.extras import NO_EXTRAS, ControlImage, Extras, most_controls, most_references, names_controlnets
 from img2img_playground.failures import Failure, explain
 from img2img_playground.history import Entry, History
 from img2img_playground.images import ImageFile, UnusableImage, read_image, read_settings, reduce
@@ -58,7 +58,7 @@ class Session:
     """The state of a tab. Must be used on the event loop only.
 
     `model` is the server's description of the model that the settings choose, None if it is not known, and `controlnets` are the
-    ids of the server's ControlNets.
+    ids of the ControlNets that fit it.
     `open_client` creates the tab's client, which reports retries to its argument. Listeners are called after each change.
     """
 
@@ -131,7 +131,12 @@ class Session:
     @property
     def most_references(self) -> int:
         """The maximum number of references that the model takes now."""
-        return most_references(self.model, self.extras.fitted(self.model).mask is not None)
+        return most_references(self.model, self.fitted_extras.mask is not None)
+
+    @property
+    def fitted_extras(self) -> Extras:
+        """The images that the model takes."""
+        return self.extras.fitted(self.model, self.controlnets)
 
     def remove_reference(self, image: ImageFile) -> None:
         """Removes one of the references."""
@@ -139,15 +144,16 @@ class Session:
         self._mend("reference_images")
 
     def add_control(self, data: bytes, name: str) -> None:
-        """Adds a file to the control images, for the ControlNet of the last one or the server's first; shows a failure if it
-        cannot be used."""
+        """Adds a file to the control images, for the ControlNet of the last one or the first that fits, or for the model itself;
+        shows a failure if it cannot be used."""
         try:
             image = read_image(data, name)
         except UnusableImage as error:
             self.fail(Failure("The image cannot be used as a control image.", str(error), "controls"))
             return
         controls = self.extras.controls
-        if len(controls) < most_controls(self.model) and (known := (*(one.model for one in controls[-1:]), *self.controlnets)):
+        known = ("",) if not names_controlnets(self.model) else (*(one.model for one in controls[-1:]), *self.controlnets)
+        if len(controls) < most_controls(self.model) and known:
             self.extras = replace(self.extras, controls=(*controls, ControlImage(image, known[0])))
             self._mend("controls")
 
@@ -238,7 +244,7 @@ class Session:
 
     def fitted(self) -> tuple[Settings, Extras]:
         """The settings and images that the model takes."""
-        extras = self.extras.fitted(self.model)
+        extras = self.fitted_extras
         settings = self.settings.fitted(self.model, extras.given)
         return replace(settings, mask_blur=settings.mask_blur if extras.mask is not None else None), extras
 

@@ -1,6 +1,7 @@
 """Pipeline classes that are refused before any weights are read, and the classes that replace others."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import diffusers
@@ -20,8 +21,6 @@ REFUSED = {
     "StableDiffusionControlNetImg2ImgPipeline": OF_ITS_OWN,
     "StableDiffusionXLControlNetPipeline": OF_ITS_OWN,
     "StableDiffusionXLControlNetUnionPipeline": OF_ITS_OWN,
-    "StableDiffusionXLControlNetPAGImg2ImgPipeline": r"ControlNetPAGImg2ImgPipeline\) guides by perturbed attention",
-    "FluxControlPipeline": r"\(FluxControlImg2ImgPipeline\) reads the control image as further channels of its latents",
     "FluxControlNetImg2ImgPipeline": OF_ITS_OWN + ", with --control-graphs, and the ControlNet's directory",
     "StableDiffusion3ControlNetPipeline": CONTROLLED,
     "StableDiffusionDepth2ImgPipeline": r"needs a depth map \(depth_map\)",
@@ -70,8 +69,8 @@ def test_every_auto_pipeline_class_is_planned_or_refused() -> None:
             assert plan(layout, "auto").pipeline_class == kind.__name__
         except ExportError:
             refused.add(key)
-    controlled = {key for key in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING if "control" in key}
-    assert refused == controlled | {"qwenimage-layered"}
+    of_their_own = {"stable-diffusion-controlnet", "stable-diffusion-xl-controlnet", "stable-diffusion-xl-controlnet-union"}
+    assert refused == of_their_own | {"flux-controlnet", "qwenimage-layered"}
 
 
 @pytest.mark.parametrize(
@@ -83,11 +82,37 @@ def test_every_auto_pipeline_class_is_planned_or_refused() -> None:
         ("QwenImage21Pipeline", "QwenImage21Pipeline"),
         ("StableDiffusionPAGPipeline", "StableDiffusionPAGImg2ImgPipeline"),
         ("KandinskyV22CombinedPipeline", "KandinskyV22Img2ImgCombinedPipeline"),
+        ("FluxControlPipeline", "FluxControlImg2ImgPipeline"),
+        ("FluxControlInpaintPipeline", "FluxControlImg2ImgPipeline"),
+        ("StableDiffusionXLControlNetPAGPipeline", "StableDiffusionXLControlNetPAGImg2ImgPipeline"),
     ],
 )
 def test_a_text_to_image_class_is_served_by_its_image_to_image_class(name: str, expected: str) -> None:
     assert hasattr(diffusers, expected)
     assert plan(Layout(name, {}, ()), "torch").pipeline_class == expected
+
+
+def test_flux_control_is_stepped_by_the_engine() -> None:
+    found = plan(Layout("FluxControlPipeline", {"transformer": ("diffusers", "FluxTransformer2DModel")}, ()), "auto")
+    assert (found.family, found.backend) == ("flux-control", "onnx")
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "reason"),
+    [
+        ("FluxControlPipeline", 128, ""),
+        ("FluxControlPipeline", 64, "takes 64 channels, but FluxControlPipeline provides 128: the latents of an image and of a"),
+        ("FluxPipeline", 128, r"\(128 input channels\): its model_index.json .* must name FluxControlPipeline"),
+        ("FluxPipeline", 64, ""),
+    ],
+)
+def test_the_channels_of_flux_are_those_of_its_class(tmp_path: Path, name: str, channels: int, reason: str) -> None:
+    transformer = {"_class_name": "FluxTransformer2DModel", "in_channels": channels}
+    for folder, config in {"transformer": transformer, "vae": {"latent_channels": 16}}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=reason) if reason else nullcontext():
+        refuse_configurations(tmp_path, name, ("transformer", "vae"))
 
 
 def test_perturbed_attention_runs_in_pytorch_with_the_reason() -> None:

@@ -168,7 +168,7 @@ async def test_models_and_schedulers_are_listed_from_the_server(visitor: Visitor
     await visitor.see("Server's default (m)")
     await model.click()
     await expect(options).to_have_text(
-        ["Server's default (m)", "asleep · not loaded", "broken · failed: its file is cut short", "m"]
+        ["Server's default (m)", "asleep · not loaded", "broken · failed: its file is cut short", "m", "sees-depth"]
     )
     await expect(options.filter(has_text="broken")).to_have_attribute("aria-disabled", "true")
     await options.get_by_text("m", exact=True).click()

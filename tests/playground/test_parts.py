@@ -30,7 +30,7 @@ from img2img_client import (
 )
 from img2img_client.options import build_request
 from img2img_playground.command import configure, connection_of, run
-from img2img_playground.extras import Extras
+from img2img_playground.extras import ControlImage, Extras, most_controls, offered_controlnets
 from img2img_playground.failures import Failure, explain
 from img2img_playground.history import Entry, History
 from img2img_playground.images import MAX_PIXELS, ImageFile, UnusableImage, read_image, reduce
@@ -638,6 +638,55 @@ def test_strength_and_references_that_need_a_mask_are_sent_with_one_only() -> No
     assert (settings.strength, extras.references, session.most_references) == (0.5, (image,), 1)
     assert settings.preview_interval(session.model, extras.given) == 2
     assert replace(settings, strength=None).preview_interval(session.model, extras.given) == 4, "its own strength is 1"
+
+
+def test_control_images_are_sent_as_the_model_takes_them() -> None:
+    """For a ControlNet that fits, or for the model itself, with the numbers that it takes."""
+    nets = ("canny", "depth", "canny-xl")
+    numbers = ("controls.scale", "controls.start", "controls.end")
+    usual = replace(
+        _info("usual", FieldInfo("controls", max_count=4), *map(FieldInfo, ("controls.model", *numbers))), controlnets=nets[:2]
+    )
+    older = _info("older", FieldInfo("controls", max_count=4))
+    own = _info("own", FieldInfo("controls", required=True, max_count=1))
+    scaled = replace(own, fields=(*own.fields, *map(FieldInfo, numbers)))
+    image = ImageFile("e.png", "image/png", 1, 1, b"e")
+    named, unnamed = ControlImage(image, "depth", 0.5, 0.1, 0.9), ControlImage(image, "", 0.5, 0.1, 0.9)
+    for model, offered, expected in (
+        (usual, ("canny", "depth"), (named, replace(named, model="canny"))),
+        (older, nets, (named, replace(named, model="canny"))),
+        (replace(usual, controlnets=()), (), (named, None)),
+        (own, (), (ControlImage(image, ""), ControlImage(image, ""))),
+        (scaled, (), (replace(named, model=""), unnamed)),
+        (_EDITS, (), (None, None)),
+        (None, (), (None, None)),
+    ):
+        session = _new_session()
+        session.model, session.controlnets = model, offered_controlnets(model, nets)
+        assert session.controlnets == offered
+        for control, sent in zip((named, unnamed), expected, strict=True):
+            session.extras = Extras(controls=(control,))
+            assert session.fitted()[1].controls == (() if sent is None else (sent,)), (model, control)
+    request = build_request(b"file", Extras(controls=(ControlImage(image, ""),)).options())
+    assert not request.controls[0].HasField("model")
+    code = python_code(Connection("host:1"), "a.png", Settings(), "b.png", Extras(controls=(ControlImage(image, ""),)).names())
+    assert 'Control(None, "e.png", scale=1.0, start=0.0, end=1.0)' in code
+
+
+def test_a_control_image_is_added_for_the_first_controlnet_that_fits_or_for_the_model() -> None:
+    for model, offered, name in (
+        (
+            replace(_info("usual", FieldInfo("controls", max_count=4), FieldInfo("controls.model")), controlnets=("b",)),
+            ("b",),
+            "b",
+        ),
+        (_info("own", FieldInfo("controls", required=True, max_count=1)), (), ""),
+    ):
+        session = _new_session()
+        session.model, session.controlnets = model, offered
+        for _ in range(2):
+            session.add_control(IMAGE.read_bytes(), "edges.png")
+        assert [control.model for control in session.extras.controls] == [name] * min(2, most_controls(model))
 
 
 def test_untouched_settings_follow_the_models_defaults() -> None:

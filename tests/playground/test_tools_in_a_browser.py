@@ -454,6 +454,34 @@ async def test_a_control_image_is_dropped_on_its_button(visitor: Visitor) -> Non
     await expect(visitor.page.locator(".control-images")).to_be_hidden()
 
 
+async def test_a_model_that_reads_a_control_image_asks_for_one(visitor: Visitor, stand: Stand) -> None:
+    """Without a ControlNet and numbers. What was chosen for another model stays for that one."""
+    await visitor.see("Server's default (m)")
+    await visitor.choose()
+    page, rows = visitor.page, visitor.page.locator(".control-row")
+    files = page.locator(".control-images input[type=file]")
+    for count in (1, 2):
+        await files.set_input_files(IMAGE)
+        await expect(rows).to_have_count(count)
+    await page.get_by_label("Model", exact=True).click()
+    await page.get_by_role("option").filter(has_text="sees-depth").click()
+    await expect(page.locator(".control-images")).to_contain_text("Control image, which this model needs")
+    await expect(rows).to_have_count(1)
+    await expect(page.get_by_role("combobox", name="ControlNet")).to_have_count(0)
+    await expect(page.get_by_role("spinbutton", name="Scale", exact=True)).to_have_count(0)
+    assert await visitor.axe_violations() == []
+    await visitor.transform()
+    for _ in range(2):
+        await rows.first.get_by_role("button", name="Remove noon-lake.png").click()
+    await expect(rows).to_have_count(0)
+    await visitor.button("Transform").click()
+    await visitor.see("controls: this model reads a control image, such as edges or a depth map: send one")
+    await expect(visitor.button("Add a control image")).to_be_visible()
+    await files.set_input_files(IMAGE)
+    await expect(page.get_by_role("alert")).to_be_hidden()
+    await visitor.transform()
+
+
 @pytest.mark.parametrize("width", nightly_but(WIDTHS, *WIDTHS[:2]))
 async def test_every_width_is_accessible(
     width: int, visit: Callable[..., Awaitable[Visitor]], stand: Stand, tmp_path: Path

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from diffusers import (
@@ -41,6 +42,7 @@ from img2img_server.engine.request import ControlUse, LoraUse, Mask, Plan, Reque
 from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits
 from img2img_server.models.memory import unopened
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.runtime.control.nets import ControlNets
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
@@ -301,8 +303,35 @@ def test_rows_without_controls_stay_in_the_plain_graph_if_the_graphs_have_other_
 
 def test_a_controlnet_of_another_family_is_refused(bundle: Get, nets: Callable[[str], ControlNets]) -> None:
     pipeline = load(bundle("sdxl"), nets("sd1"))
-    with pytest.raises(InvalidField, match=r"^controls\[0\]\.model: ControlNet 'a' does not fit this model: it is for another"):
+    with pytest.raises(
+        InvalidField, match=r"^controls\[0\]\.model: ControlNet 'a' does not fit this model: it is for another size"
+    ):
         pipeline.plan(requests([MIXES[1]])[0])
+
+
+def test_a_controlnet_fits_the_models_whose_graphs_have_its_residuals(bundle: Get, control_bundle: Get, tmp_path: Path) -> None:
+    """What the configurations say, for every pair: the same as the graphs' inputs and outputs. Nothing is loaded for it."""
+    models = ("sd1", "sd2", "sdxl", "refiner", "flux-dev:fp32:controls")
+    nets = ("sd1-a", "sdxl-a", "sdxl-u", "flux-dev-a", "flux-dev-x")
+    widths = {}
+    for name in (*models, *nets):
+        path = bundle(name) if name in models else control_bundle(name)
+        manifest = read_manifest(path)
+        part = next(part for part in manifest.components if part.control or part.name == "controlnet")
+        session = ort.InferenceSession(path / (part.control or "controlnet/model.onnx"), providers=["CPUExecutionProvider"])
+        ends = [*session.get_inputs(), *(session.get_outputs() if name in nets else ())]
+        channels = {end.name: end.shape[3 if "block_samples" in end.name else -1 if len(end.shape) != 4 else 1] for end in ends}
+        shared = {"sample", "hidden_states", "encoder_hidden_states", "text_embeds", "time_ids", "pooled_projections"}
+        widths[name] = {key: value for key, value in channels.items() if key in shared or "residual" in key or "samples" in key}
+        (tmp_path / name).symlink_to(path)
+    registry = ModelRegistry.find_bundles(tmp_path, lambda bundle, manifest: FakePipeline())
+    found = {name: set(registry.controlnets(registry.get(name))) for name in models}
+    assert found == {name: {net for net in nets if widths[net].items() <= widths[name].items()} for name in models}
+    assert found["sd1"] == {"sd1-a"}
+    assert found["flux-dev:fp32:controls"] == {"flux-dev-a", "flux-dev-x"}
+    assert registry.controlnets(registry.get("sdxl"), lambda name: name != "sdxl-u") == ["sdxl-a"], (
+        "those that the caller may use"
+    )
 
 
 @pytest.mark.parametrize(
@@ -499,6 +528,8 @@ def test_models_list_which_take_controls(client: Client) -> None:
     client.transform(sample_image(64, 64), controls=[Control("a", image_of("a"))], **SETTINGS)
     models = {model.id: model for model in client.models()}
     assert models["sd1"].takes("controls")
+    assert (models["sd1"].controlnets, models["sdxl"].controlnets) == (("a", "b"), ("a-xl", "u-xl"))
+    assert (models["lcm"].controlnets, models["a"].controlnets) == ((), ())
     field = models["sd1"].field("controls")
     assert field is not None
     assert field.max_count == 4
@@ -517,7 +548,7 @@ def test_models_list_which_take_controls(client: Client) -> None:
         ({"end": 1.1}, r"controls\[0\]\.end", r"1.1 is not above start \(0\) and up to 1"),
         ({"start": 0.5, "end": 0.5}, r"controls\[0\]\.end", r"0.5 is not above start \(0.5\)"),
         ({"model": "sdxl"}, r"controls\[0\]\.model", "model 'sdxl' is not a ControlNet, but of the family stable-diffusion-xl"),
-        ({"model": "a-xl"}, r"controls\[0\]\.model", "ControlNet 'a-xl' does not fit this model"),
+        ({"model": "a-xl"}, r"controls\[0\]\.model", "ControlNet 'a-xl' does not fit this model: it is for another size"),
         ({"model": ""}, r"controls\[0\]\.model", "no model is named: set one of the family controlnet"),
         ({"image": b"no image"}, r"controls\[0\]\.image\.data", ""),
         ({"image": "https://example.org/a.png"}, r"controls\[0\]\.image", ""),
@@ -553,6 +584,9 @@ def test_the_mode_of_a_union_is_read_and_recorded(client: Client) -> None:
     ],
 )
 def test_controls_as_text_have_numbers_after_colons(text: str, expected: pb.Control) -> None:
+    """Without an id they are for the model itself."""
+    (without,) = controls_from(text[1:] if len(text) > 1 else ":1")
+    assert (without.HasField("model"), without.scale) == (False, expected.scale or 1)
     expected.model.path = "u"
     assert controls_from(text) == [expected]
 
@@ -575,7 +609,9 @@ def test_what_does_not_go_together_is_refused_by_name(client: Client) -> None:
         client.transform(sample_image(64, 64), controls=[control, Control("none", image_of("a"))], **SETTINGS)
     missing = pb.TransformRequest(controls=[pb.Control(model=pb.ModelReference(path="a"))])
     with pytest.raises(InvalidField, match=r"^controls\[0\]\.image: "):
-        check_controls(missing, Sources(ServerConfig(Path()).sources, AssetStore(ServerConfig(Path()).assets), ImageLimits()))
+        check_controls(
+            missing, Sources(ServerConfig(Path()).sources, AssetStore(ServerConfig(Path()).assets), ImageLimits()), True
+        )
 
 
 def test_a_request_loads_its_controlnet_again(client: Client) -> None:

@@ -205,7 +205,7 @@ def test_a_controlnet_of_another_family_is_refused(bundle: Get, control_bundle: 
         link.symlink_to(control_bundle(name))
         load_pipeline(link, read_manifest(link), Execution("cpu"), controlnets=known)
     (request,) = requests([()])
-    for model, letter, reason in ((BUNDLE, "a", "it is for another family or size"), ("sd1", "f", "it is for Flux")):
+    for model, letter, reason in ((BUNDLE, "a", "it is for Stable Diffusion"), ("sd1", "f", "it is for Flux")):
         with pytest.raises(
             InvalidField, match=rf"^controls\[0\]\.model: ControlNet '{letter}' does not fit this model: {reason}"
         ):

@@ -271,7 +271,7 @@ WRONG = [
     (("fidelity", "best"), "fidelity"),
     (("fidelity", "200dB"), "fidelity"),
     (("controls", "canny"), "control_image"),
-    (("control_image", png()), "control_image"),
+    (("control_image", png()), "controls"),  # not of this model
     (("controls", "canny:0.5,"), "controls"),
     (("controls", "[1"), "controls"),
     (("controls", '{"model": "canny"}'), "controls"),

@@ -15,7 +15,7 @@ from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_server.api.request_fields import fields_of, is_set
 from img2img_server.config import ServerConfig
 from img2img_server.engine.request import Request
-from img2img_server.support.model_fields import GUIDED, FieldRule, ModelFields
+from img2img_server.support.model_fields import GUIDED, OWN_CONTROL, OWN_CONTROLNET, FieldRule, ModelFields
 from img2img_server.support.source_rule import MaskUse, SourceRule
 from messages import failure, png, request
 from running import running, store
@@ -105,6 +105,32 @@ def test_the_table_is_made_once_for_models_that_take_the_same_fields() -> None:
     other.fields = {**GUIDED, "strength": FieldRule(0.5)}
     assert (fields_of(ServerConfig(), other)["strength"].default, first["strength"].default) == (0.5, 0.8)
     assert fields_of(ServerConfig(max_steps=7), pipeline)["num_inference_steps"].maximum == 7
+
+
+@pytest.mark.parametrize(("own", "numbers"), [(OWN_CONTROL, False), (OWN_CONTROLNET, True)])
+def test_a_model_that_reads_a_control_image_by_itself_needs_exactly_one(own: ModelFields, numbers: bool) -> None:
+    def control(**values: Any) -> pb.Control:
+        return pb.Control(image=pb.ImageSource(data=png()), **values)
+
+    with serving_model({**GUIDED, **own}) as model:
+        listed = model.fields
+        assert (listed["controls"].required, listed["controls"].max_count) == (True, 1)
+        assert {name for name in listed if name.startswith("controls.")} == (
+            {"controls.scale", "controls.start", "controls.end"} if numbers else set()
+        )
+        (use,) = model.run(controls=[control()]).controls
+        assert (use.model, use.scale, use.start, use.end, use.mode) == ("", 1.0, 0.0, 1.0, None)
+        model.run(controls=[control(model=pb.ModelReference(), scale=1.0, start=0.0, end=1.0)])
+        assert model.refused() == "controls"
+        assert model.refused(controls=[control(), control()]) == "controls"
+        assert model.refused(controls=[pb.Control()]) == "controls[0].image"
+        assert model.refused(controls=[control(model=pb.ModelReference(path="canny"))]) == "controls[0].model"
+        assert model.refused(controls=[control(control_mode=0)]) == "controls[0].control_mode"
+        for name, value in (("scale", 0.5), ("start", 0.1), ("end", 0.9)):
+            if numbers:
+                assert getattr(model.run(controls=[control(**{name: value})]).controls[0], name) == value
+            else:
+                assert model.refused(controls=[control(**{name: value})]) == f"controls[0].{name}"
 
 
 def test_described_defaults_and_bounds_match_request_parsing(full: Model) -> None:

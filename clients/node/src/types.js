@@ -47,7 +47,7 @@
 
 /**
  * @typedef {object} Control
- * @property {ModelReference} model
+ * @property {ModelReference} [model]
  * @property {ImageSource} image
  * @property {number} [scale]
  * @property {number} [start]
@@ -192,6 +192,7 @@
  * @property {string} detail
  * @property {RequestField[]} fields
  * @property {Speedup[]} speedups
+ * @property {string[]} controlnets
  */
 
 /**

@@ -39,6 +39,7 @@ GRAPHS = {
         ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"),
     ),
     "FluxImg2ImgPipeline": ("flux", ("text_encoder", "text_encoder_2", "transformer", "vae")),
+    "FluxControlImg2ImgPipeline": ("flux-control", ("text_encoder", "text_encoder_2", "transformer", "vae")),
     "ChromaImg2ImgPipeline": (WHOLE, ("text_encoder", "transformer", "vae")),
 }
 """Pipeline classes that become graphs entirely: the server's family name, and the components."""
@@ -64,8 +65,11 @@ _OWN_CLASS = {
     "SanaSprintImg2ImgPipeline": "SanaSprintImg2ImgPipeline",
     "LongCatImageEditPipeline": "LongCatImageEditPipeline",
     "QwenImage21Pipeline": "QwenImage21Pipeline",
+    "StableDiffusionXLControlNetPAGPipeline": "StableDiffusionXLControlNetPAGImg2ImgPipeline",
+    "StableDiffusionXLControlNetPAGImg2ImgPipeline": "StableDiffusionXLControlNetPAGImg2ImgPipeline",
 }
-"""Classes that AutoPipelineForImage2Image's mapping lacks, and those of them that turn images into images."""
+"""Classes that AutoPipelineForImage2Image's mapping lacks, or does not find beside a ControlNet, and those of them that turn
+images into images."""
 
 _UNKNOWN_INPUTS = {
     "control_image": "a control image",
@@ -82,14 +86,8 @@ CONTROLLED: Mapping[str, str] = {
 }
 """Classes of models with a ControlNet, which requests name, and of the models without it."""
 
-_UNCONTROLLED: Mapping[str, str] = {
-    "StableDiffusionXLControlNetPAGImg2ImgPipeline": "guides by perturbed attention, for which its UNet stays in PyTorch, and "
-    "ControlNets are inputs of a UNet's graph: export it without PAG, as StableDiffusionXLControlNetImg2ImgPipeline, or without "
-    "the ControlNet, as StableDiffusionXLPAGImg2ImgPipeline",
-    "FluxControlImg2ImgPipeline": "reads the control image as further channels of its latents, and controls of requests are "
-    "ControlNets: export the plain model, with --control-graphs, and a ControlNet of Flux",
-}
-"""Why classes that read a control image are not served."""
+_OWN_CONTROL = frozenset({"FluxControlImg2ImgPipeline", "StableDiffusionXLControlNetPAGImg2ImgPipeline"})
+"""Classes of models that read a control image by themselves."""
 
 _PERTURBED = "PAG"
 """In the names of the classes that guide by perturbed attention."""
@@ -173,14 +171,12 @@ def _refuse_unservable(name: str) -> None:
     kind = getattr(diffusers, name, None)
     parameters = inspect.signature(kind.__call__).parameters if kind is not None else {}
     for parameter, what in _UNKNOWN_INPUTS.items():
-        if parameter in parameters and name not in (*INPAINTING, FLUX_FILL):
+        if parameter in parameters and name not in (*INPAINTING, FLUX_FILL, *_OWN_CONTROL):
             if name in CONTROLLED:
                 raise ExportError(
                     f"this pipeline ({name}) is a model with a ControlNet, which becomes a bundle of its own: export the plain "
                     f"model{_how(name)} and the ControlNet's directory, and name the ControlNet in requests (controls)"
                 )
-            if name in _UNCONTROLLED:
-                raise ExportError(f"this pipeline ({name}) {_UNCONTROLLED[name]}")
             raise ExportError(
                 f"this pipeline ({name}) needs {what} ({parameter}), which img2img does not support for this class: "
                 "export the plain model that it was made from"

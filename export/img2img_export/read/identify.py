@@ -74,6 +74,9 @@ INPAINTING: Mapping[str, str] = {
 FLUX_FILL = "FluxFillPipeline"
 """The class of Flux Fill, whose transformer also sees the mask and the masked image."""
 
+FLUX_CONTROL = ("FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline")
+"""The classes of Flux Depth and Canny, whose transformer also sees a control image."""
+
 CHANNELS: Mapping[int, str] = {
     5: "a depth-to-image UNet, which takes a depth map",
     7: "an upscaler's UNet, which takes a small image",
@@ -123,17 +126,20 @@ def refuse_channels(path: object, tensors: Mapping[str, TensorInfo], pipeline_cl
                 (taken == 8 and pipeline_class == PIX2PIX)
                 or (taken == 9 and pipeline_class in INPAINTING)
                 or (taken == 384 and pipeline_class == FLUX_FILL)
+                or (taken == 128 and pipeline_class in FLUX_CONTROL)
             )
             if taken in kinds and not has_own:
                 refuse_kind(path, kinds[taken], taken)
 
 
 def refuse_kind(path: object, what: str, channels: int) -> None:
-    """Raises the ExportError for a denoiser with extra inputs. InstructPix2Pix and inpainting models are supported by their own
-    pipeline classes."""
+    """Raises the ExportError for a denoiser with extra inputs. InstructPix2Pix, inpainting models and Flux Depth and Canny are
+    supported by their own pipeline classes."""
     advice = "img2img supports models whose inputs are an image and a text: export its base model"
     if channels == 8:
         advice = f"its model_index.json (for a single file, that of --config) must name {PIX2PIX}"
+    if channels == 128:
+        advice = f"its model_index.json (for a single file, that of --config) must name {FLUX_CONTROL[0]}"
     if channels == 384:
         advice = f"its model_index.json (for a single file, that of --config) must name {FLUX_FILL}"
     if channels == 9:

@@ -8,13 +8,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from img2img_export.errors import ExportError, first_line
-from img2img_export.read.identify import CHANNELS, FLUX_CHANNELS, FLUX_FILL, INPAINTING, PIX2PIX, refuse_kind
+from img2img_export.read.identify import CHANNELS, FLUX_CHANNELS, FLUX_CONTROL, FLUX_FILL, INPAINTING, PIX2PIX, refuse_kind
 from img2img_export.read.texts import read_json
 from img2img_export.read.weights_file import PICKLE_REASON, is_pickle, is_safetensors, read_header, refuse_pointer
 
 INDEX_NAME = "model_index.json"
 
 _DENOISERS = ("unet", "transformer")
+_FLUX_PATCH = 4
+"""Latents that become a token of Flux."""
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _COPY = "copy {what} from the original model"
 _FOLDERS_OF_VAE = ("vae_encoder", "vae_decoder")
@@ -107,6 +109,13 @@ def refuse_configurations(directory: Path, pipeline_class: str, components: Iter
         raise ExportError(f"{directory / 'unet'} takes {taken} channels, but {given}: the two do not belong to one model")
     taken = transformer.get("in_channels")
     if pipeline_class == FLUX_FILL:
+        return
+    if pipeline_class in FLUX_CONTROL and isinstance(taken, int) and isinstance(latents, int):
+        if taken != 2 * _FLUX_PATCH * latents:
+            raise ExportError(
+                f"{directory / 'transformer'} takes {taken} channels, but {pipeline_class} provides {2 * _FLUX_PATCH * latents}: "
+                "the latents of an image and of a control image"
+            )
         return
     if transformer.get("_class_name") == "FluxTransformer2DModel" and isinstance(taken, int) and taken in FLUX_CHANNELS:
         refuse_kind(directory / "transformer", FLUX_CHANNELS[taken], taken)

@@ -15,6 +15,7 @@ from img2img_server.errors import BundleError, ServerError
 from img2img_server.runtime.accuracy_check import psnr_db
 from img2img_server.runtime.common.pipe import latent_size
 from img2img_server.runtime.common.sources import source_rule
+from img2img_server.runtime.control.own import with_control
 from img2img_server.runtime.diffusion.masking import default_mask
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
@@ -235,11 +236,14 @@ def _size_step(pipeline: Any) -> int:
 
 def _arguments(pipeline: Any, request: Request) -> dict[str, Any]:
     """The request as arguments of the pipeline's call, without those it does not have."""
+    (control,) = with_control(request).controls
     offered: dict[str, Any] = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "image": request.image,
         "mask_image": default_mask(request.image.size).image,
+        "control_image": control.image,
+        "controlnet_conditioning_scale": control.scale,
         "strength": request.strength,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,

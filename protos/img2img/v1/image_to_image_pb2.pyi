@@ -201,7 +201,8 @@ class TransformRequest(_message.Message):
     @_builtins.property
     def controls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Control]:
         """Images that a ControlNet reads, such as edges, a depth map or a pose, and that the result follows. At most 4; the effects of
-        several add up. Not every model takes them: see docs/loras.md. Default: none.
+        several add up. Not every model takes them: see docs/loras.md. Default: none, and required for models that read a control image
+        by themselves.
         """
 
     @_builtins.property
@@ -371,7 +372,9 @@ Global___Lora: _TypeAlias = Lora  # noqa: Y015
 @_typing.final
 class Control(_message.Message):
     """An image that a ControlNet of the server reads, and how strongly the result follows it. The server does not make such images:
-    send the edges, depth or pose that the ControlNet was trained on.
+    send the edges, depth or pose that the ControlNet was trained on. Some models, such as Flux Depth, read a control image by
+    themselves: requests to them have exactly one control, without a ControlNet. GetModel lists the fields that a model takes, such
+    as "controls.scale".
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -394,7 +397,9 @@ class Control(_message.Message):
     """
     @_builtins.property
     def model(self) -> Global___ModelReference:
-        """The ControlNet: a bundle of the server of the family "controlnet", for models like the request's. Required."""
+        """The ControlNet: a bundle of the server of the family "controlnet", for models like the request's. The controlnets of GetModel
+        lists those that fit. Required, but refused by models that read a control image by themselves.
+        """
 
     @_builtins.property
     def image(self) -> Global___ImageSource:

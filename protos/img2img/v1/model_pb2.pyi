@@ -110,6 +110,7 @@ class Model(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     FIELDS_FIELD_NUMBER: _builtins.int
     SPEEDUPS_FIELD_NUMBER: _builtins.int
+    CONTROLNETS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The folder of its bundle in the store."""
     family: _builtins.str
@@ -158,6 +159,12 @@ class Model(_message.Message):
         not ready.
         """
 
+    @_builtins.property
+    def controlnets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of the ControlNets that a request's controls may name with this model, and that the caller may use, ordered by id. Empty
+        if there are none, or if the model takes none.
+        """
+
     def __init__(
         self,
         *,
@@ -177,10 +184,11 @@ class Model(_message.Message):
         detail: _builtins.str = ...,
         fields: _abc.Iterable[Global___RequestField] | None = ...,
         speedups: _abc.Iterable[Global___Speedup] | None = ...,
+        controlnets: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "detail", b"detail", "engine", b"engine", "engines", b"engines", "family", b"family", "fields", b"fields", "id", b"id", "is_default", b"is_default", "memory_bytes", b"memory_bytes", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "source", b"source", "speedups", b"speedups", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "controlnets", b"controlnets", "detail", b"detail", "engine", b"engine", "engines", b"engines", "family", b"family", "fields", b"fields", "id", b"id", "is_default", b"is_default", "memory_bytes", b"memory_bytes", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "source", b"source", "speedups", b"speedups", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

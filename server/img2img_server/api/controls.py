@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from img2img.v1 import image_to_image_pb2 as pb
 
+from img2img_server.bundle.control_kinds import check_fit
 from img2img_server.bundle.controls import FAMILY, MODE
 from img2img_server.codecs.jobs import LoadImage
 from img2img_server.codecs.pool import Codecs
@@ -23,12 +24,12 @@ Lease = Callable[[], Awaitable[Sequence[Model]]]
 """Loads the ControlNets of a request, in order, and keeps them in memory until it has ended."""
 
 
-def check_controls(message: pb.TransformRequest, sources: Sources) -> None:
-    """Checks the fields of a message's controls, at most MOST_CONTROLS (request_fields.py), without reading images. Raises
-    InvalidField, or NotSupported for images that cannot be read."""
+def check_controls(message: pb.TransformRequest, sources: Sources, names_nets: bool) -> None:
+    """Checks the fields of a message's controls, which its model takes (request_fields.py), without reading images. With
+    `names_nets` each names a ControlNet. Raises InvalidField, or NotSupported for images that cannot be read."""
     for index, control in enumerate(message.controls):
         field = f"controls[{index}]"
-        if not control.HasField("model") or control.model == pb.ModelReference():
+        if names_nets and control.model == pb.ModelReference():
             raise InvalidField(f"{field}.model", f"no model is named: set one of the family {FAMILY}, as ListModels lists them")
         sources.check(control.image, f"{field}.image")
         scale, start, end = numbers_of(control)
@@ -51,7 +52,7 @@ def numbers_of(control: pb.Control) -> tuple[float, float, float]:
 
 def controls_from(text: str) -> list[pb.Control]:
     """Parses "ID", "ID:SCALE", "ID:SCALE:START", "ID:SCALE:START:END" or "ID:SCALE:START:END:MODE", several separated by commas;
-    images are given elsewhere.
+    images are given elsewhere. Without an id, as in ":0.5", it is the image that a model reads by itself.
 
     Raises InvalidField for an empty id and a mode that is not an integer.
     """
@@ -61,13 +62,13 @@ def controls_from(text: str) -> list[pb.Control]:
         while len(numbers) < len(_NUMBERS) and (found := _last_number(name)) is not None:
             name, number = found
             numbers.insert(0, number)
-        if not name:
+        if not name and not numbers:
             raise InvalidField("controls", "an id is empty: write ID:SCALE, separated by commas")
-        control = pb.Control(model=pb.ModelReference(path=name))
+        control = pb.Control(model=pb.ModelReference(path=name) if name else None)
         for field, number in zip(_NUMBERS, numbers, strict=False):
             if field == MODE:
                 if not 0 <= number < 2**31 or number % 1:
-                    raise InvalidField("controls", f"the mode of {name} is {number:g}, not an integer from 0")
+                    raise InvalidField("controls", f"the mode of {name or 'a control'} is {number:g}, not an integer from 0")
                 number = int(number)
             setattr(control, field, number)
         controls.append(control)
@@ -83,10 +84,12 @@ def _last_number(text: str) -> tuple[str, float] | None:
         return None
 
 
-def check_controlnet(model: Model, field: str) -> None:
-    """Raises InvalidField, naming `field`, if a model is not a ControlNet."""
+def check_controlnet(model: Model, used: Model, field: str) -> None:
+    """Raises InvalidField, naming `field`, if a model is not a ControlNet, or not one for the model that is `used`."""
     if model.manifest is not None and not model.is_controlnet:
         raise InvalidField(field, f"model '{model.id}' is not a ControlNet, but of the family {model.manifest.family}")
+    if model.control_kind and used.control_kind:
+        check_fit(field, model.id, model.control_kind, used.control_kind)
 
 
 class Controls:
@@ -96,10 +99,11 @@ class Controls:
         self._sources, self._codecs, self._limits = sources, codecs, limits
 
     async def read(
-        self, controls: Sequence[pb.Control], nets: Sequence[Model], size: tuple[int, int], multiple: int
+        self, controls: Sequence[pb.Control], nets: Sequence[Model | None], size: tuple[int, int], multiple: int
     ) -> tuple[ControlUse, ...]:
         """Reads the images of checked controls one after the other, resized to `size` as diffusers does. `nets` are their
-        ControlNets. Raises InvalidField, or an error of reading sources and images."""
+        ControlNets, None for the image that a model reads by itself. Raises InvalidField, or an error of reading sources and
+        images."""
         found = []
         for index, (control, net) in enumerate(zip(controls, nets, strict=True)):
             field, data = await self._sources.read(control.image, f"controls[{index}].image")
@@ -107,7 +111,8 @@ class Controls:
             with self._codecs.memory.hold(current(), 0 if control.image.WhichOneof("source") == "data" else len(data)):
                 image, digest, _ = await self._codecs.load(data, load)
             scale, start, end = numbers_of(control)
-            bundle = "" if net.manifest is None else net.manifest.digest
+            name, manifest = ("", None) if net is None else (net.id, net.manifest)
+            bundle = "" if manifest is None else manifest.digest
             mode = control.control_mode if control.HasField("control_mode") else None
-            found.append(ControlUse(net.id, image, scale, start, end, bundle, digest, mode))
+            found.append(ControlUse(name, image, scale, start, end, bundle, digest, mode))
         return tuple(found)

@@ -76,6 +76,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
                     backend_reason=model.manifest.backend_reason or "",
                 )
             )
+        message.controlnets.extend(self._models.controlnets(model, current().may_use))
         if model.pipeline is not None:
             message.engine = model.pipeline.engine
             message.size_multiple = model.pipeline.size_multiple

@@ -137,14 +137,15 @@ class Parser:
             self._sources.assets.require("output.as_asset")
         rule = mask_rule(message, fields, _pipeline_of(model).source_rule.mask, model.id, reading.mask_by_alpha)
         check_loras(message)
-        check_controls(message, self._sources)
+        names_nets = "controls.model" in fields
+        check_controls(message, self._sources, names_nets)
         self._sources.check(message.image)
         if rule is not None:
             self._sources.check(message.mask, "mask")
         self._references.check(message.reference_images)
         loras = await self._threads.run(find_loras, message.loras, self._loras) if message.loras else ()
         # Expensive work starts here, after all other fields have been checked.
-        nets = await lease() if message.controls else ()
+        nets = await lease() if message.controls and names_nets else [None] * len(message.controls)
         references = await self._references.read(message.reference_images)
         field, data = await self._sources.read(message.image)
         call = current()

@@ -12,7 +12,7 @@ from typing import Any
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 
-from img2img_server.api.controls import MOST_CONTROLS
+from img2img_server.api.controls import MAX_SCALE, MOST_CONTROLS
 from img2img_server.api.loras import MOST_LORAS
 from img2img_server.config import (
     DEFAULT_GUIDANCE,
@@ -45,7 +45,8 @@ class RequestField:
 
     `default` is None if it is not a fixed value. Numbers are in `minimum` to `maximum`; texts have as many characters. A model
     that does not take the field refuses it with `lacking`; every model takes a field that is `lacking` nothing. `max_count` is of
-    repeated fields. `needs` is another field, without which this one has no effect.
+    repeated fields. `needs` is another field, without which this one has no effect. Fields of a control ("controls.scale") are
+    checked in controls.py.
     """
 
     name: str
@@ -66,6 +67,19 @@ class RequestField:
         if not (least < value <= most if self.exclusive_minimum else least <= value <= most):
             bounds = f"({least:g}, {most:g}]" if self.exclusive_minimum else f"{least:g} to {most:g}"
             raise InvalidField(self.name, f"{value} is not in {bounds}")
+
+
+_OF_CONTROLS = "controls."
+_CONTROL = (
+    RequestField("controls.model", "this model reads the control image by itself, without a ControlNet"),
+    RequestField(
+        "controls.scale", "this model has no scale for its control image", default=1.0, minimum=-MAX_SCALE, maximum=MAX_SCALE
+    ),
+    RequestField("controls.start", "this model reads its control image in all steps", default=0.0, minimum=0, maximum=1),
+    RequestField("controls.end", "this model reads its control image in all steps", default=1.0, minimum=0, maximum=1),
+    RequestField("controls.control_mode", "this model reads images of one kind", minimum=0),
+)
+"""The fields of a control."""
 
 
 def _table(config: ServerConfig, size_multiple: int) -> tuple[RequestField, ...]:
@@ -114,6 +128,7 @@ def _table(config: ServerConfig, size_multiple: int) -> tuple[RequestField, ...]
             "this model takes no controls: it needs a control graph, which models of Stable Diffusion 1, 2 and XL have",
             max_count=MOST_CONTROLS,
         ),
+        *_CONTROL,
         RequestField("preview_interval", default=0, minimum=0, maximum=config.max_steps),
         RequestField("output.format"),
         RequestField("output.quality", default=DEFAULT_QUALITY, minimum=1, maximum=100),
@@ -161,6 +176,8 @@ class RequestFields(Mapping[str, RequestField]):
         """Raises InvalidField for a field that is set and that the model does not take, or not without another one, and for too
         many elements. An empty text counts as unset."""
         for row in self._all:
+            if row.name.startswith(_OF_CONTROLS):
+                continue  # below
             if row.name not in self._rows and row.lacking != _NO_MASK and is_set(message, row.name):
                 raise InvalidField(row.name, f"{row.lacking}; leave {row.name} unset")
             if not self.uses(message, row.name) and is_set(message, row.name):
@@ -172,6 +189,21 @@ class RequestFields(Mapping[str, RequestField]):
             if row.name in self._rows and 0 < self._rows[row.name].max_count < len(getattr(message, row.name)):
                 given, most = len(getattr(message, row.name)), self._rows[row.name].max_count
                 raise InvalidField(row.name, f"there are {given}, the maximum of this model is {most}")
+        self._check_controls(message)
+
+    def _check_controls(self, message: pb.TransformRequest) -> None:
+        """Raises InvalidField for a missing control that the model needs, and for fields of controls that it does not take.
+        Defaults are accepted."""
+        if "controls" not in self._rows:
+            return
+        if self._rows["controls"].required and not message.controls:
+            raise InvalidField("controls", "this model reads a control image, such as edges or a depth map: send one")
+        for index, control in enumerate(message.controls):
+            for row in _CONTROL:
+                own = row.name.removeprefix(_OF_CONTROLS)
+                default = pb.ModelReference() if own == "model" else row.default
+                if row.name not in self._rows and control.HasField(own) and getattr(control, own) != default:  # type: ignore[arg-type]
+                    raise InvalidField(f"controls[{index}].{own}", f"{row.lacking}; leave {own} unset")
 
     def uses(self, message: pb.TransformRequest, name: str) -> bool:
         """Whether the request has the field that the model needs for the field `name`, if it needs one."""
@@ -225,6 +257,7 @@ def _by_rule(row: RequestField, rule: FieldRule) -> RequestField:
         default=row.default if rule.default is None else rule.default,
         needs=rule.needs or row.needs,
         max_count=row.max_count if rule.max_count is None else min(row.max_count, rule.max_count),
+        required=row.required or rule.required,
     )
 
 

@@ -199,13 +199,13 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
             field, reference = f"controls[{index}].model", reference_from(control.model)
             try:
                 with suppress(ModelNotFound):  # it may have to be exported first
-                    check_controlnet(self._models.find(reference, current().may_use), field)
+                    check_controlnet(self._models.find(reference, current().may_use), used, field)
                 model = await lease.enter_async_context(self._residency.using(reference))
             except InvalidField as error:
                 raise InvalidField(field, error.description) from None
             except ModelNotFound as error:
                 raise ModelNotFound(f"{field}: {error}") from None
-            check_controlnet(model, field)
+            check_controlnet(model, used, field)
             found.append(model)
         if found:
             await self._residency.open_control(used.id)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from img2img_server.bundle.control_kinds import control_kind
 from img2img_server.bundle.manifest import Manifest
 from img2img_server.engine.costs import Measured
 from img2img_server.engine.engine import Engine
@@ -140,7 +141,10 @@ class ModelLoader:
             grown = before.grown_to(await self.read(), pipeline.engine)
             memory = self._models.get(name).estimates.measured(manifest, grown)
             self._arrived[name] = _Arrival(manifest, pipeline, memory)
-            self._models.change(name, manifest=manifest, memory=memory, slots=least_slots(pipeline))
+            bundle = self._models.get(name).bundle
+            kind = () if bundle is None else await in_thread(lambda: control_kind(bundle, manifest))
+            values = {"manifest": manifest, "memory": memory, "slots": least_slots(pipeline), "control_kind": kind}
+            self._models.change(name, **values)
         except ShuttingDown:
             raise
         except Exception as error:  # noqa: BLE001 - any library's: only this model cannot be served

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from img2img_server.bundle.control_kinds import ControlKind, control_kind
 from img2img_server.bundle.controls import FAMILY
 from img2img_server.bundle.manifest import Manifest, Source, read_manifest
 from img2img_server.config import PRELOAD_WORDS, ModelSettings
@@ -106,7 +107,7 @@ class Model:
     `bundle` is its folder. `engines` are its candidates and promoted engines. `loading` is set while it is loaded or exported.
     `memory` is its size in memory in bytes, now or when it was last loaded, 0 if unknown. `detail` says to callers what is being
     done, or why it is not ready. `slots` is the memory of its least slots for LoRAs when it was last loaded. `estimates` is how
-    the server estimates models' memory.
+    the server estimates models' memory. `control_kind` says which ControlNets fit, or of a ControlNet which models.
     """
 
     id: str
@@ -120,6 +121,7 @@ class Model:
     detail: str = ""
     slots: int = 0
     estimates: Estimates = PLAIN
+    control_kind: ControlKind = ()
 
     @property
     def state(self) -> ModelState:
@@ -302,7 +304,7 @@ class ModelRegistry:
             return False
         read = _read(found, self._estimates)
         values = {"problem": read.problem, "detail": read.detail, "bundle": found, "loading": False, "estimates": read.estimates}
-        self.change(name, manifest=read.manifest, **values)
+        self.change(name, manifest=read.manifest, control_kind=read.control_kind, **values)
         _log.info("model '%s' was found", name)
         return True
 
@@ -312,6 +314,12 @@ class ModelRegistry:
         if self.folder is None or bundle is None:
             raise BundleError(f"the model '{name}' has no bundle")
         return self.folder.open(bundle)
+
+    def controlnets(self, model: Model, allowed: Allowed = lambda name: True) -> list[str]:
+        """The ids of the ControlNets that fit a model and that the caller may use, ready or not."""
+        if not model.control_kind or model.is_controlnet:
+            return []
+        return [net.id for net in self if net.is_controlnet and net.control_kind == model.control_kind and allowed(net.id)]
 
     def pipelines(self) -> dict[str, Pipeline]:
         """The pipelines of the ready models, by id."""
@@ -406,7 +414,8 @@ def _read(bundle: Path, estimates: Estimates) -> Model:
     """Reads a bundle's manifest."""
     name = bundle_id(bundle)
     try:
-        return Model(name, read_manifest(bundle), bundle=bundle, estimates=estimates)
+        manifest = read_manifest(bundle)
+        return Model(name, manifest, bundle=bundle, estimates=estimates, control_kind=control_kind(bundle, manifest))
     except BundleError as error:
         failure = Failure.of(error, Stage.READING, bundle)
         _log.error("model '%s' cannot be served: %s", name, failure.problem)

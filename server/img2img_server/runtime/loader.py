@@ -22,7 +22,8 @@ from img2img_server.runtime.common.out_of_memory import KEEPERS, is_out_of_memor
 from img2img_server.runtime.common.vae import bound_torch_vaes, most_memory
 from img2img_server.runtime.control.controls import ModelControls, NoControls
 from img2img_server.runtime.control.nets import ControlNet, ControlNets, open_controlnet
-from img2img_server.runtime.diffusion.flux import Flux
+from img2img_server.runtime.control.own import OwnControl
+from img2img_server.runtime.diffusion.flux import Flux, FluxControl
 from img2img_server.runtime.diffusion.flux_2 import Flux2, Flux2Klein, FluxKontext
 from img2img_server.runtime.diffusion.inpainting import StableDiffusionInpainting, StableDiffusionXLInpainting
 from img2img_server.runtime.diffusion.latent_consistency import LatentConsistency
@@ -56,6 +57,7 @@ FAMILIES: dict[str, type[SteppedPipeline]] = {
     "latent-consistency": LatentConsistency,
     "stable-diffusion-3": StableDiffusion3,
     "flux": Flux,
+    "flux-control": FluxControl,
     "flux-kontext": FluxKontext,
     "flux-2": Flux2,
     "flux-2-klein": Flux2Klein,
@@ -326,8 +328,10 @@ def _loras(
 
 def _controls(
     pipe: Any, manifest: Manifest, family: type[SteppedPipeline], controlnets: ControlNets | None
-) -> ModelControls | NoControls:
+) -> ModelControls | OwnControl | NoControls:
     """The controls of a model whose pipeline is `pipe`."""
+    if family.reads_control:
+        return OwnControl()
     if not family.takes_controls:
         return NoControls(f"is of the family {manifest.family}, for which there are no ControlNets")
     if manifest.backend == "torch":

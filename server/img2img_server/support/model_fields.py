@@ -9,12 +9,13 @@ class FieldRule:
     """A field that a model takes, with the model's own `default`, or None for the server's.
 
     `needs` is another field, without which the model makes no use of this one. `max_count` bounds a repeated field below the
-    server's own maximum.
+    server's own maximum. Requests must set a field that is `required`.
     """
 
     default: float | None = None
     needs: str = ""
     max_count: int | None = None
+    required: bool = False
 
 
 ModelFields = Mapping[str, FieldRule]
@@ -22,3 +23,11 @@ ModelFields = Mapping[str, FieldRule]
 
 GUIDED: ModelFields = {name: FieldRule() for name in ("negative_prompt", "strength", "guidance_scale")}
 """What most models take: those that start from the noised source and are guided by two prompts."""
+
+_EFFECT = ("controls.scale", "controls.start", "controls.end")
+CONTROLNETS: ModelFields = {name: FieldRule() for name in ("controls", "controls.model", *_EFFECT, "controls.control_mode")}
+"""What models take whose requests name ControlNets."""
+OWN_CONTROL: ModelFields = {"controls": FieldRule(max_count=1, required=True)}
+"""What models take that read a control image by themselves."""
+OWN_CONTROLNET: ModelFields = {**OWN_CONTROL, **{name: FieldRule() for name in _EFFECT}}
+"""What models take that have a ControlNet of their own."""

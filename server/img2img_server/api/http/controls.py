@@ -1,7 +1,7 @@
 """The control images of a form: the field `controls` as a short text or as JSON, and the images that the form sends for it."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, MutableSequence
 from typing import Any
 
 from img2img.v1 import image_to_image_pb2 as pb
@@ -31,8 +31,12 @@ def read_controls(text: str) -> list[pb.Control]:
     return [_control(element, f"controls[{index}]") for index, element in enumerate(elements)]
 
 
-def add_images(controls: Iterable[pb.Control], images: list[pb.ImageSource]) -> None:
-    """Gives the images of the form to the controls that have none, in order. Raises InvalidField if their numbers differ."""
+def add_images(controls: MutableSequence[pb.Control], images: list[pb.ImageSource]) -> None:
+    """Gives the images of the form to the controls that have none, in order. Without controls, they are images that the model
+    reads by itself. Raises InvalidField if their numbers differ."""
+    if not controls:
+        controls.extend(pb.Control(image=image) for image in images)
+        return
     without = [control for control in controls if control.image.WhichOneof("source") is None]
     if len(images) != len(without):
         raise InvalidField(IMAGES, f"there are {len(images)}, but {len(without)} of the controls need one")

@@ -45,6 +45,7 @@ class ModelList:
             **known,
             "schedulers": list(model.schedulers),
             "fields": [_field(field) for field in model.fields],
+            "controlnets": list(model.controlnets),
         }
 
 

@@ -114,7 +114,7 @@ MASKS = (
 REFERENCES = Input("reference_images", ("BYTES",), (-1,))
 """Image files or addresses, for models that take reference images."""
 CONTROL_IMAGES = Input("control_images", ("BYTES",), (-1,))
-"""Image files or addresses, for the ControlNets of the parameter `controls`."""
+"""Image files or addresses, for the ControlNets of the parameter `controls`, or without it for the model itself."""
 SETTINGS = (
     Input("prompt", ("BYTES",)),
     Input("negative_prompt", ("BYTES",)),
@@ -321,9 +321,9 @@ def _set_loras(message: pb.TransformRequest, text: str | None) -> None:
 
 
 def _set_controls(message: pb.TransformRequest, text: str | None, given: Mapping[str, tensors.Given]) -> None:
-    controls = controls_from(text or "")
     found = given.get(CONTROL_IMAGES.name)
     images = found.value if found is not None and isinstance(found.value, tuple) else ()
+    controls = [pb.Control() for _ in images] if text is None else controls_from(text)  # for the model itself, without names
     if len(images) != len(controls):
         raise InvalidField(
             CONTROL_IMAGES.name, f"there are {len(images)}, and the parameter controls names {len(controls)} ControlNets"

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
+from img2img_server.bundle.control_kinds import ControlKind
 from img2img_server.bundle.manifest import Manifest, Source, Verification
 from img2img_server.engine.request import Ending, Event, Failed, Request
 from img2img_server.errors import EngineStuck, ShuttingDown
@@ -74,12 +75,14 @@ class Card:
     schedulers: tuple[str, ...] = ()
     source_rule: SourceRule = STRETCHED
     request_fields: ModelFields = field(default_factory=lambda: GUIDED)
+    control_kind: ControlKind = ()
 
     @classmethod
     def of(cls, model: Model) -> "Card":
         """The card of a model in the registry."""
         manifest = None if model.manifest is None else _brief(model.manifest)
-        card = cls(model.id, manifest, model.state, model.memory + model.slot_memory, model.detail, model.engines)
+        memory, kind = model.memory + model.slot_memory, model.control_kind
+        card = cls(model.id, manifest, model.state, memory, model.detail, model.engines, control_kind=kind)
         pipeline = model.pipeline
         if pipeline is None:
             return card

@@ -125,9 +125,10 @@ class Replica:
                 async with AsyncExitStack() as lease:
                     using = self._backend.residency.using
                     model = await lease.enter_async_context(using(Source(path=request.model)))
-                    for control in request.controls:
-                        await lease.enter_async_context(using(Source(path=control.model)))
-                    if request.controls:
+                    nets = [control.model for control in request.controls if control.model]
+                    for net in nets:
+                        await lease.enter_async_context(using(Source(path=net)))
+                    if nets:
                         await self._backend.residency.open_control(model.id)
                     assert model.pipeline is not None, "a model in use is in memory"
                     # Slow for the first request with a scheduler and number of steps.

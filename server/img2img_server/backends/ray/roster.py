@@ -273,6 +273,7 @@ def _model(cards: Iterable[Card], replicas: int) -> Model:
         loading=best.state is ModelState.LOADING,
         memory=max(card.memory for card in (best, *others)),
         detail=detail,
+        control_kind=best.control_kind,
     )
 
 

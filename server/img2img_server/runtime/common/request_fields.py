@@ -12,6 +12,7 @@ DEPENDENT = ("negative_prompt", "strength", "guidance_scale", "true_cfg_scale")
 _EMBEDDED = frozenset(
     {
         "Flux2Pipeline",
+        "FluxControlImg2ImgPipeline",
         "FluxImg2ImgPipeline",
         "FluxKontextPipeline",
         "QwenImageEditPipeline",

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from img2img_server.bundle.adapters import WITHOUT_ROWS
+from img2img_server.bundle.control_kinds import check_fit, kind_of_model
 from img2img_server.bundle.controls import MODE
 from img2img_server.engine.request import ControlUse, Request
 from img2img_server.errors import InvalidField
@@ -63,7 +64,7 @@ class ModelControls:
         self._nets = nets
         self._parameters = parameters
         self._denoiser = denoiser
-        self._scale = scale
+        self._kind = kind_of_model(denoiser.config, scale)
 
     @property
     def shares_calls(self) -> bool:
@@ -74,12 +75,11 @@ class ModelControls:
     def check(self, request: Request) -> None:
         """Checks that the request's ControlNets fit this model, and opens the control graph. Raises InvalidField."""
         for index, use in enumerate(request.controls):
-            assert self._denoiser.control is not None, "the model has a control graph"
-            widths, config = self._denoiser.control.get().widths, self._denoiser.config
-            problem = self._nets.get(use.model).problem(widths, config, self._scale)
-            if problem:
-                raise InvalidField(f"controls[{index}].model", f"ControlNet '{use.model}' does not fit this model: {problem}")
-            _check_mode(f"controls[{index}].{MODE}", use, self._nets.get(use.model).modes)
+            net = self._nets.get(use.model)
+            check_fit(f"controls[{index}].model", use.model, net.kind, self._kind)
+            _check_mode(f"controls[{index}].{MODE}", use, net.modes)
+        if request.controls and self._denoiser.control is not None:
+            self._denoiser.control.get()
 
     def work(self, request: Request) -> float:
         """How many times longer a step takes with the request's controls, on average over its steps: a ControlNet takes time in

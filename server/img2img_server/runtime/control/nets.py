@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from img2img_server.bundle.controls import FLUX_CLASS, IMAGE, MODE, SCALE, UNION_CLASS, is_residual
+from img2img_server.bundle.control_kinds import kind_of_net
+from img2img_server.bundle.controls import FLUX_CLASS, IMAGE, MODE, SCALE, UNION_CLASS
 from img2img_server.engine.request import Plan, Request
 from img2img_server.errors import BundleError, ModelNotLoaded
 from img2img_server.runtime.common.torch_calls import torch_call
@@ -23,10 +24,6 @@ Inputs = Mapping[str, torch.Tensor]
 _NATIVE_LATENTS, _TOKENS = 8, 77
 """Height and width in latents of the trial image, and tokens of its text."""
 
-_SHARED = ("sample", "encoder_hidden_states", "text_embeds", "time_ids")
-"""The inputs that a ControlNet and its model's UNet both get."""
-_FLUX_SHARED = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
-"""Numbers that a ControlNet of Flux and its model's transformer have in common, of their config.json."""
 _FLUX_SCALE = 8
 """Pixels of a latent of Flux on each side."""
 
@@ -42,9 +39,9 @@ class _Trial:
 
 class ControlNet:
     """A loaded ControlNet, whose graph is on `device`, with its config.json. `scale` is the number of pixels of a latent, on each
-    side; `widths` are the channels of its inputs and residuals, by name; `parameters` is the number of its weights. `modes` is
-    the number of control modes of a union, None for other ControlNets. If it `pools`, it applies only to the rows of the prompt,
-    as in diffusers.
+    side; `widths` are the channels of its inputs and residuals, by name; `kind` says which models it fits; `parameters` is the
+    number of its weights. `modes` is the number of control modes of a union, None for other ControlNets. If it `pools`, it
+    applies only to the rows of the prompt, as in diffusers.
 
     Implements the engine's Pipeline for the server's trial request, which calls it once. Clients' requests never run it by itself
     (api/parsing.py).
@@ -76,6 +73,7 @@ class ControlNet:
         self.pools = bool(config.get("global_pool_conditions"))
         self.engine = engine
         self.widths = graph.widths
+        self.kind = kind_of_net(config)
         self.scale, self.size_multiple = self._sizes(config)
         self.native_size = (_NATIVE_LATENTS * self.scale, _NATIVE_LATENTS * self.scale)
         self._graph = graph
@@ -100,19 +98,6 @@ class ControlNet:
     def pixels(self, image: torch.Tensor) -> torch.Tensor:
         """What the ControlNet reads of an image whose values are from 0 to 1."""
         return image
-
-    def problem(self, widths: Mapping[str, int], config: Mapping[str, Any], scale: int) -> str:
-        """Why the ControlNet does not fit a model, or "". `widths` are those of its control graph, `config` is its denoiser's
-        config.json, and `scale` the number of pixels of a latent, on each side."""
-        if self.scale != scale:
-            return f"it has {self.scale} pixels for each latent, the model {scale}"
-        for name in (*widths, *self.widths):
-            if (is_residual(name) or name in _SHARED) and self.widths.get(name) != widths.get(name):
-                return (
-                    f"it is for another family or size: {name} has {self.widths.get(name, 0)} channels in the ControlNet "
-                    f"and {widths.get(name, 0)} in the model"
-                )
-        return ""
 
     def _modes(self, config: Mapping[str, Any]) -> int | None:
         return config["num_control_type"] if config.get("_class_name") == UNION_CLASS else None
@@ -197,19 +182,6 @@ class FluxControlNet(ControlNet):
         """The image with values from -1 to 1."""
         return 2 * image - 1
 
-    def problem(self, widths: Mapping[str, int], config: Mapping[str, Any], scale: int) -> str:
-        """Why the ControlNet does not fit the model, or ""."""
-        if config.get("_class_name") != "FluxTransformer2DModel":
-            return "it is for Flux"
-        if scale != _FLUX_SCALE:
-            return f"it has {_FLUX_SCALE} pixels for each latent, the model {scale}"
-        numbers = [(name, self._config[name], config[name]) for name in _FLUX_SHARED]
-        numbers.append(("the width of blocks", _width(self._config), _width(config)))
-        for name, own, other in numbers:
-            if own != other:
-                return f"it is for another size: {name} is {own} in the ControlNet and {other} in the model"
-        return ""
-
     def _modes(self, config: Mapping[str, Any]) -> int | None:
         modes: int | None = config.get("num_mode")
         return modes
@@ -222,11 +194,6 @@ class FluxControlNet(ControlNet):
         channels = self.widths["hidden_states"]
         image = (1, tokens, channels) if self.reads_latents else (1, 3, height, width)
         return {"hidden_states": (1, tokens, channels), "txt_ids": (_TOKENS, 3), "img_ids": (tokens, 3), IMAGE: image}
-
-
-def _width(config: Mapping[str, Any]) -> int:
-    """The number of features of a token within the blocks of a transformer."""
-    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
 
 
 def open_controlnet(

@@ -14,11 +14,14 @@ from img2img_server.engine.request import Request
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.control.controls import Control
 from img2img_server.runtime.control.nets import FluxControlNet
+from img2img_server.runtime.control.own import with_control
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3
 from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
 from img2img_server.runtime.schedulers.flow import FluxSchedulers
 
+_CONTROL = "control_latents"
+"""What `FluxControl` adds to the tokens of the latents: those of the control image, [R, N, C]."""
 _MOST_SIZES = 16
 """Sizes whose position ids are kept."""
 
@@ -29,6 +32,8 @@ class Flux(StableDiffusion3):
     scheduler_cache = FluxSchedulers
     ignored_fields = frozenset({"negative_prompt", "true_cfg_scale"})
     takes_controls = True
+    parts_of_input = 1
+    """How many sets of latents the transformer's input channels are for."""
     _ids: dict[tuple[int, ...], Conditioning]
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -58,7 +63,8 @@ class Flux(StableDiffusion3):
         (width, height), count = request.image.size, len(generators)
         packed, _ = pipe.prepare_latents(
             torch.empty(count, 3, 1, 1),  # stands for the image
-            timesteps, count, self._denoiser.config.in_channels // 4, height, width, dtype, pipe._execution_device, generators,
+            timesteps, count, self._denoiser.config.in_channels // (4 * self.parts_of_input), height, width, dtype,
+            pipe._execution_device, generators,
         )  # fmt: skip
         latents: torch.Tensor = pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor)
         return latents
@@ -78,16 +84,21 @@ class Flux(StableDiffusion3):
 
     def _read_controls(
         self, request: Request, controls: tuple[Control, ...], generators: list[torch.Generator]
-    ) -> tuple[Control, ...]:
+    ) -> tuple[tuple[Control, ...], Conditioning]:
         """Encodes the images of the ControlNets that read latents. Each image of the result draws its own."""
-        found, vae = list(controls), self._pipe.vae
+        found = list(controls)
         indices = [i for i, own in enumerate(controls) if isinstance(own.net, FluxControlNet) and own.net.reads_latents]
         outputs = self._encoder.control_images(request, indices) if indices else []
         for index, output in zip(indices, outputs, strict=True):
-            drawn = [_latents(output, generator) for generator in generators]
-            latents = (torch.cat(drawn) - vae.config.shift_factor) * vae.config.scaling_factor
-            found[index] = replace(controls[index], image=self._pipe._pack_latents(latents, *latents.shape))
-        return tuple(found)
+            found[index] = replace(controls[index], image=self._packed(output, generators))
+        return tuple(found), {}
+
+    def _packed(self, output: SimpleNamespace, generators: list[torch.Generator]) -> torch.Tensor:
+        """Packed latents [images, N, C] of the output of the VAE's encoder for one image."""
+        drawn = torch.cat([_latents(output, generator) for generator in generators])
+        latents = (drawn - self._pipe.vae.config.shift_factor) * self._pipe.vae.config.scaling_factor
+        packed: torch.Tensor = self._pipe._pack_latents(latents, *latents.shape)
+        return packed
 
     def _noise(self, output: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         factor = self._pipe.vae_scale_factor
@@ -105,6 +116,34 @@ class Flux(StableDiffusion3):
             text = torch.zeros(tokens, 3, device=samples.device, dtype=samples.dtype)
             self._ids[key] = {"txt_ids": text, "img_ids": send(image, samples.device)}
         return self._ids[key]
+
+
+class FluxControl(Flux):
+    """Flux Depth and Canny: the transformer reads the latents of a control image beside those of the result.
+
+    The order of calls is that of FluxControlImg2ImgPipeline.__call__, and with a mask of FluxControlInpaintPipeline.__call__.
+    """
+
+    takes_controls = False
+    reads_control = True
+    parts_of_input = 2
+    encodes_masked_source = False  # drawn below: before all else
+
+    def _read_controls(
+        self, request: Request, controls: tuple[Control, ...], generators: list[torch.Generator]
+    ) -> tuple[tuple[Control, ...], Conditioning]:
+        """Encodes the control image. Each image of the result draws its own latents of it."""
+        (output,) = self._encoder.control_images(with_control(request), [0])
+        if request.mask is not None and hasattr(output, "latent_dist"):
+            for generator in generators:
+                torch.randn(output.latent_dist.mean.shape, generator=generator)  # of the masked source, which is not used
+        return (), {_CONTROL: self._packed(output, generators)}
+
+    def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        control = conditioning.pop(_CONTROL)
+        inputs = super()._inputs(samples, timesteps, conditioning)
+        tokens = inputs["hidden_states"]
+        return {**inputs, "hidden_states": torch.cat([tokens, control.to(tokens.dtype)], dim=2)}
 
 
 def _latents(output: SimpleNamespace, generator: torch.Generator) -> torch.Tensor:

@@ -97,7 +97,7 @@ class SpeedupChooser:
             return "this model has no measured speedups"
         if request.loras:
             return "its speedups were measured without LoRAs"
-        if request.controls:
+        if any(control.model for control in request.controls):
             return "its speedups were measured without controls"
         if request.scheduler not in (None, self.scheduler):
             return f"its speedups were measured with {self.scheduler}"

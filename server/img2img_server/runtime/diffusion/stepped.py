@@ -27,6 +27,7 @@ from img2img_server.runtime.common.sources import source_rule
 from img2img_server.runtime.common.torch_calls import host_call, torch_call
 from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.control.controls import Control, ModelControls, NoControls, Rows
+from img2img_server.runtime.control.own import OwnControl
 from img2img_server.runtime.diffusion import preview
 from img2img_server.runtime.diffusion.conditioning import Embedding, Encoded, Encoder
 from img2img_server.runtime.diffusion.masking import Blend, draw_again, kept_latents, mask_latents, replace_kept
@@ -49,7 +50,7 @@ from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCa
 from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, step_arguments
 from img2img_server.runtime.schedulers.noise_levels import Noising
 from img2img_server.support.device_lock import records_at_once
-from img2img_server.support.model_fields import FieldRule, ModelFields
+from img2img_server.support.model_fields import CONTROLNETS, OWN_CONTROL, FieldRule, ModelFields
 from img2img_server.support.source_rule import MaskUse
 
 PreviewWeights = Sequence[Sequence[float]]
@@ -85,6 +86,9 @@ class SteppedPipeline(ABC):
     takes_controls = False
     """Whether requests may have ControlNets, if the denoiser has a control graph."""
 
+    reads_control = False
+    """Whether the model reads a control image by itself, in every request."""
+
     def __init__(
         self,
         pipe: Any,
@@ -94,7 +98,7 @@ class SteppedPipeline(ABC):
         preview_weights: PreviewWeights = (),
         loras: ModelLoras | NoLoras | None = None,
         speedups: Speedups | None = None,
-        controls: ModelControls | NoControls | None = None,
+        controls: ModelControls | OwnControl | NoControls | None = None,
     ) -> None:
         self._pipe = pipe
         self.engine = engine
@@ -117,7 +121,9 @@ class SteppedPipeline(ABC):
             self.fields = {**self.fields, "loras": FieldRule()}
         self._controls = controls or NoControls("was loaded without ControlNets")
         if isinstance(self._controls, ModelControls):
-            self.fields = {**self.fields, "controls": FieldRule()}
+            self.fields = {**self.fields, **CONTROLNETS}
+        if self.reads_control:
+            self.fields = {**self.fields, **OWN_CONTROL}
         self._preview_weights = preview_weights
         self.speedups = SpeedupChooser(
             speedups or NONE,
@@ -317,7 +323,7 @@ class SteppedPipeline(ABC):
         count = len(request.seeds)
         positive, negative = self._embeddings(request, embeddings)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-        controls = self._read_controls(request, controls, generators)
+        controls, seen = self._read_controls(request, controls, generators)
         noising = Noising(cached_scheduler.scheduler)
         pipe = view_of(self._pipe, scheduler=noising, vae=Encoded(self._pipe.vae, image))
         latents = self._first_latents(
@@ -334,7 +340,7 @@ class SteppedPipeline(ABC):
             redrawn = mask_latents(request.mask.image, original, self.mask_mode)
             blend = Blend.of(redrawn, original, noise, cached_scheduler.levels, self._layout)
         conditioning = self._conditioning(request, positive, negative) | self._more_conditioning(pipe, request, latents)
-        conditioning |= self._mask_conditioning(request, image, latents, generators)
+        conditioning |= self._mask_conditioning(request, image, latents, generators) | seen
         # Converted once here instead of in each step.
         conditioning = {name: tensor.to(self._types.get(name, tensor.dtype)) for name, tensor in conditioning.items()}
         state = DiffusionState(
@@ -379,9 +385,10 @@ class SteppedPipeline(ABC):
 
     def _read_controls(
         self, request: Request, controls: tuple[Control, ...], generators: list[torch.Generator]
-    ) -> tuple[Control, ...]:
-        """The controls with what their ControlNets read of the images. It may draw from the `generators`, before all else."""
-        return controls
+    ) -> tuple[tuple[Control, ...], Conditioning]:
+        """The controls with what their ControlNets read of the images, and the denoiser's inputs for a control image that the
+        model reads by itself. It may draw from the `generators`, before all else."""
+        return controls, {}
 
     @abstractmethod
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:

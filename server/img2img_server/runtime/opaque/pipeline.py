@@ -22,11 +22,13 @@ from img2img_server.runtime.common.request_fields import DEPENDENT, request_fiel
 from img2img_server.runtime.common.sources import check_sources, source_rule, steps_of
 from img2img_server.runtime.common.torch_calls import torch_call
 from img2img_server.runtime.common.truncation import Truncation
+from img2img_server.runtime.control.own import check_own_control, with_control
 from img2img_server.runtime.diffusion.masking import default_mask
 from img2img_server.runtime.diffusion.speedups import no_speedup
 from img2img_server.runtime.onnx.modules import close_graphs
 from img2img_server.runtime.opaque.batch import OpaqueState, SharedCall
 from img2img_server.runtime.opaque.batching_rules import rule_of, slot
+from img2img_server.support.model_fields import OWN_CONTROL, OWN_CONTROLNET
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +38,10 @@ _MOST_ROWS = 16
 
 _MASK = "mask_image"
 """The parameter of pipelines that need a mask, such as Flux Fill."""
+_CONTROL = "control_image"
+"""The parameter of pipelines that read a control image."""
+_CONTROL_SCALE = "controlnet_conditioning_scale"
+"""The parameter of those with a ControlNet for the scale of its effect."""
 _SPRINT_STEPS = 2
 """Steps at which SANA-Sprint has an intermediate timestep, by default; it refuses one at any other number."""
 
@@ -63,6 +69,8 @@ class OpaquePipeline:
         if _MASK in self._parameters:
             self.source_rule = replace(self.source_rule, mask="required")
         self.fields = request_fields(pipe)
+        if _CONTROL in self._parameters:
+            self.fields = {**self.fields, **(OWN_CONTROLNET if _CONTROL_SCALE in self._parameters else OWN_CONTROL)}
         self._rule = rule_of(pipe)
         self._truncation = Truncation(pipe)
         self.max_rows: int | None = None if self._rule else 1
@@ -75,7 +83,9 @@ class OpaquePipeline:
         that the pipeline does not take."""
         if request.loras:
             raise InvalidField("loras", "this model takes no LoRAs: it runs as a whole, not step by step")
-        if request.controls:
+        if _CONTROL in self._parameters:
+            check_own_control(request)
+        elif request.controls:
             raise InvalidField("controls", "this model takes no controls: it runs as a whole, not step by step")
         if request.scheduler is not None:
             raise InvalidField("scheduler", "this model supports only its own scheduler: leave the field unset")
@@ -254,6 +264,14 @@ class OpaquePipeline:
         }
         if _MASK in self._parameters:
             alike[_MASK] = (request.mask or default_mask(request.result_size)).image
+        if _CONTROL in self._parameters:
+            (control,) = with_control(request).controls
+            alike |= {
+                _CONTROL: control.image,
+                _CONTROL_SCALE: control.scale,
+                "control_guidance_start": control.start,
+                "control_guidance_end": control.end,
+            }
         if request.true_cfg_scale is not None:
             alike["true_cfg_scale"] = request.true_cfg_scale
         if request.num_inference_steps != _SPRINT_STEPS:

@@ -1,0 +1,50 @@
+"""Control images that models read by themselves, without a ControlNet of the server: one in each request."""
+
+from dataclasses import replace
+from typing import Any
+
+from PIL import Image, ImageFilter
+
+from img2img_server.engine.request import ControlUse, Request
+from img2img_server.errors import InvalidField
+
+
+def check_own_control(request: Request) -> None:
+    """Raises InvalidField for controls of a model that reads a control image by itself: one that names a ControlNet, or
+    several."""
+    if len(request.controls) > 1:
+        raise InvalidField("controls", f"there are {len(request.controls)}, and this model reads one control image")
+    for use in request.controls:
+        if use.model:
+            raise InvalidField("controls[0].model", "this model reads the control image by itself: leave model unset")
+
+
+def with_control(request: Request) -> Request:
+    """The request, with a control image in any case. Those of the server itself to models that need one have none, such as for
+    reference images, warm-up and measurements: they get the edges of the source."""
+    if request.controls:
+        return request
+    return replace(request, controls=(ControlUse("", edges(request.image, request.result_size)),))
+
+
+def edges(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The edges of an image as an RGB image of that size: white on black."""
+    sized = image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+    return sized.convert("L").filter(ImageFilter.FIND_EDGES).convert("RGB")
+
+
+class OwnControl:
+    """Controls of a model that reads a control image by itself. What it does with it is up to the model's family."""
+
+    def check(self, request: Request) -> None:
+        """Raises InvalidField for a control that names a ControlNet, and for several."""
+        check_own_control(request)
+
+    def work(self, request: Request) -> float:
+        """1: the model always reads one."""
+        return 1.0
+
+    def of(self, request: Request, device: Any) -> tuple[()]:
+        """Nothing for a ControlNet. Raises InvalidField."""
+        self.check(request)
+        return ()
