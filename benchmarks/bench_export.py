@@ -23,6 +23,7 @@ _CASES = {
     "sd15-fp16": ("sd15", "fp16"),
     "sdxl-unet-fp16": ("sdxl-unet", "fp16"),
     "klein-bf16": ("klein", "bf16"),
+    "sd3-large-fp32": ("sd3-large", "fp32"),
 }
 """The cases: a model, stored in the precision of its export."""
 

@@ -137,15 +137,67 @@ def _sdxl_unet() -> Any:
 
 def _klein() -> Any:
     """FLUX.2 klein's kind with 95 M parameters of transformer, a text encoder that is larger (230 M), as klein's own, and a small
-    VAE. Weights are scaled as those of the tests' tiny model, so that images depend on the text and have colors."""
+    VAE."""
+    return _klein_of(768, 12, 5, 8)
+
+
+def _sd3_large() -> Any:
+    """Stable Diffusion 3's kind with 306 M parameters of transformer, without T5, for small images."""
+    shape = {"num_layers": 8, "attention_head_dim": 64, "num_attention_heads": 16, "caption_projection_dim": 1024}
+    return _with_transformer("sd3-no-t5", shape)
+
+
+def _klein_of(width: int, heads: int, singles: int, transformer_heads: int) -> Any:
+    """FLUX.2 klein with a text encoder of so many features and heads, and a transformer of one double and some single blocks.
+    Weights are scaled as those of the tests' tiny model, so that images depend on the text and have colors."""
     import sys
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from tiny_edits import klein
 
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64}
-    shape = {"num_layers": 1, "num_single_layers": 5, "attention_head_dim": 128, "num_attention_heads": 8}
+    text = {"hidden_size": width, "intermediate_size": 4 * width, "head_dim": 64}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+    shape = {"num_layers": 1, "num_single_layers": singles, "attention_head_dim": 128, "num_attention_heads": transformer_heads}
     return klein(_MODELS_FOLDER / "tokenizer", text, {**shape, "axes_dims_rope": (32, 32, 32, 32)})
+
+
+def _small_klein() -> Any:
+    """FLUX.2 klein's kind with a transformer of one double and four single blocks of 128 features: one that a busy CPU takes
+    through a benchmark of servers."""
+    return _klein_of(64, 1, 4, 1)
+
+
+def _small_sd3() -> Any:
+    """Stable Diffusion 3's kind with T5 and a transformer of four blocks of 128 features."""
+    shape = {"num_layers": 4, "attention_head_dim": 64, "num_attention_heads": 2, "caption_projection_dim": 128}
+    return _with_transformer("sd3", {**shape, "pos_embed_max_size": 32})
+
+
+def _small_flux() -> Any:
+    """Flux dev's kind with a transformer of two double and four single blocks of 128 features."""
+    shape = {"num_layers": 2, "num_single_layers": 4, "attention_head_dim": 64, "num_attention_heads": 2}
+    return _with_transformer("flux-dev", {**shape, "axes_dims_rope": (16, 24, 24)})
+
+
+def _with_transformer(name: str, shape: dict[str, Any]) -> Any:
+    """The tests' tiny model of that name with a transformer of another shape."""
+    import json
+    import sys
+    import tempfile
+
+    from diffusers import DiffusionPipeline
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import tiny_models
+
+    with tempfile.TemporaryDirectory() as folder:
+        directory = tiny_models.build(name, Path(folder) / name)
+        entries = json.loads((directory / "model_index.json").read_text())
+        left_out = {part: None for part, entry in entries.items() if entry == [None, None]}
+        pipeline = DiffusionPipeline.from_pretrained(directory, **left_out)
+    kind = type(pipeline.transformer)
+    pipeline.transformer = kind.from_config({**pipeline.transformer.config, **shape}).eval()
+    return pipeline
 
 
 def _tiny() -> Any:
@@ -164,7 +216,16 @@ def _tiny() -> Any:
     return _stable_diffusion(unet, _vae(0.18215, (32, 32, 32, 32)), text_config(32, 2, 4, "quick_gelu"))
 
 
-MODELS: dict[str, Callable[[], Any]] = {"sd15": _sd15, "sdxl-unet": _sdxl_unet, "klein": _klein, "tiny": _tiny}
+MODELS: dict[str, Callable[[], Any]] = {
+    "sd15": _sd15,
+    "sdxl-unet": _sdxl_unet,
+    "klein": _klein,
+    "sd3-large": _sd3_large,
+    "small-klein": _small_klein,
+    "small-sd3": _small_sd3,
+    "small-flux": _small_flux,
+    "tiny": _tiny,
+}
 """Makes a diffusers pipeline with random weights in float32, by name, on torch's default device."""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 
 from rich.console import Console
 
+from bench_load.families import FAMILIES
 from bench_load.measuring import Measurement, Settings, record_trace
 from bench_load.servers import ROOT, SERVERS, ServerFailed, knows_trace
 from bench_load.workloads import WORKLOADS
@@ -42,6 +43,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     length = "length of a list, as approximate seconds for peer lock (default: %(default)s)"
     add("--seconds", type=_seconds, default=8.0, metavar="S", help=length)
     add("--rounds", type=_count, default=2, metavar="N", help="rounds over all servers (default: %(default)s)")
+    add(
+        "--family",
+        choices=FAMILIES,
+        help="serve a small model of this family, with random weights, instead of the demo's; lock and batching then run "
+        "diffusers on PyTorch",
+    )
     add("--seed", type=int, default=1, metavar="N", help="seed of the lists (default: %(default)s)")
 
 
@@ -53,7 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False, markup=False)
     logs = FOLDER / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    settings = Settings(arguments.servers, arguments.workloads, arguments.seconds, arguments.rounds, arguments.seed, logs)
+    family = FAMILIES.get(arguments.family)
+    chosen = tuple(name for name in arguments.servers if family is None or name in family.servers)
+    settings = Settings(chosen, arguments.workloads, arguments.seconds, arguments.rounds, arguments.seed, logs, family)
     try:
         results = asyncio.run(Measurement(settings, console).run())
         if "ours" in settings.servers and "saturation" in settings.workloads and knows_trace():

@@ -4,13 +4,14 @@ The servers take turns within each workload, in a rotating order, so that other 
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
 from rich.console import Console
 
+from bench_load.families import Family, files_of
 from bench_load.figures import MEASURED, Run
 from bench_load.images import largest_difference, render
 from bench_load.sending import Sender, among, closed_loop, connected, open_loop
@@ -46,6 +47,18 @@ class Settings:
     seed: int
     folder: Path
     """The folder of logs and traces."""
+    family: Family | None = None
+    """The kind of the model, None for the demo's."""
+
+    def command(self, name: str) -> list[str]:
+        """The command line of a server."""
+        if self.family is None:
+            return command(name)
+        return command(name, *files_of(self.family), in_pytorch=True)
+
+    def adapted(self, drawn: Iterable[Job]) -> Iterator[Job]:
+        """The jobs as the model takes them."""
+        return (job if self.family is None else self.family.adapted(job) for job in drawn)
 
 
 @dataclass(slots=True)
@@ -68,7 +81,7 @@ class Measurement:
     def __init__(self, settings: Settings, console: Console) -> None:
         self._settings = settings
         self._say = console.print
-        self._servers = {name: ServerProcess(name, command(name), settings.folder) for name in settings.servers}
+        self._servers = {name: ServerProcess(name, settings.command(name), settings.folder) for name in settings.servers}
         self._results = Results()
 
     async def run(self) -> Results:
@@ -89,8 +102,8 @@ class Measurement:
             server.spawn()
             await asyncio.to_thread(server.wait)
             async with connected(server.target) as sender:
-                await closed_loop(sender, [job for job in _warm_up_jobs() for _ in range(4)], 16)
-                made = [await sender.send(job) for job in _reference_jobs()]
+                await closed_loop(sender, [job for job in self._warm_up_jobs() for _ in range(4)], 16)
+                made = [await sender.send(job) for job in self._settings.adapted(_reference_jobs())]
             if errors := {record.error for record in sender.records} - {""}:
                 self._say(f"[bench] {server.name} answers some requests with {', '.join(errors)}")
             reference = reference or made
@@ -102,7 +115,7 @@ class Measurement:
         """Measures the work per second of peer "lock" (or else of the first server), which determines list lengths and rates."""
         server = self._servers.get("lock") or next(iter(self._servers.values()))
         source_of = generator(self._settings.seed, "calibration")
-        drawn = [draw_mixed(source_of) for _ in range(CALIBRATION_JOBS)]
+        drawn = list(self._settings.adapted(draw_mixed(source_of) for _ in range(CALIBRATION_JOBS)))
         run = await self._on(server, Workload("calibration", "", draw_mixed, concurrency=16), drawn, 0)
         self._results.speed = sum(record.units for record in run.answered) / run.span
         self._results.requests_per_second = len(run.answered) / run.span
@@ -113,6 +126,7 @@ class Measurement:
         units = self._results.speed * self._settings.seconds * workload.share * (workload.load or 1.0)
         least = max(2 * workload.concurrency, 4)
         drawn = jobs_worth(workload.draw, generator(self._settings.seed, workload.name, round_), units, least)
+        drawn = list(self._settings.adapted(drawn))
         names = list(self._servers)
         turn %= len(names)
         for name in names[turn:] + names[:turn]:
@@ -130,22 +144,26 @@ class Measurement:
             render(job.source)
         server.resume()
         async with connected(server.target) as sender:
-            await closed_loop(sender, _warm_up_jobs(), 2)
+            await closed_loop(sender, self._warm_up_jobs(), 2)
         async with connected(server.target, stream=bool(workload.load) and server.name == "ours") as sender:
             await self._send(sender, workload, drawn, round_)
         records = tuple(record for record in sender.records if record.role != "background")
         async with connected(server.target) as sender:
-            await closed_loop(sender, _warm_up_jobs()[:1], 1)
+            await closed_loop(sender, self._warm_up_jobs()[:1], 1)
         server.pause()
         return Run(server.name, workload.name, round_, records)
+
+    def _warm_up_jobs(self) -> list[Job]:
+        return list(self._settings.adapted(_warm_up_jobs()))
 
     async def _send(self, sender: Sender, workload: Workload, drawn: list[Job], round_: int) -> None:
         source_of = generator(self._settings.seed, workload.name, round_, "times")
         if workload.foreground is not None:
-            background = jobs(workload.draw, generator(self._settings.seed, workload.name, round_))
+            background = self._settings.adapted(jobs(workload.draw, generator(self._settings.seed, workload.name, round_)))
+            foreground = self._settings.adapted(jobs(workload.foreground, source_of))
             pauses = _pauses(generator(self._settings.seed, workload.name, round_, "pauses"))
             seconds = 1.5 * self._settings.seconds * workload.share
-            await among(sender, background, workload.concurrency, jobs(workload.foreground, source_of), pauses, seconds)
+            await among(sender, background, workload.concurrency, foreground, pauses, seconds)
         elif workload.load:
             rate = workload.load * self._results.speed * len(drawn) / sum(job.units for job in drawn)
             await open_loop(sender, drawn, arrivals(source_of, len(drawn), rate))

@@ -33,7 +33,7 @@ class Record:
 
     role: str
     steps: int
-    guidance: float
+    guidance: float | None
     size: tuple[int, int]
     units: float
     sent: float

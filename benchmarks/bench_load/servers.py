@@ -29,10 +29,20 @@ class ServerFailed(Exception):
     """The server did not start."""
 
 
-def command(name: str, bundle: Path = BUNDLE, model: Path = MODEL) -> list[str]:
-    """The command line of one of SERVERS, without --port-file. Raises SystemExit if its environment is missing."""
+def command(name: str, bundle: Path = BUNDLE, model: Path = MODEL, in_pytorch: bool = False) -> list[str]:
+    """The command line of one of SERVERS, without --port-file. With `in_pytorch`, peers "lock" and "batching" run diffusers on
+    PyTorch instead of optimum. Raises SystemExit if its environment is missing."""
     if name == "ours":
         return [sys.executable, "-m", "img2img_cli", "serve", "--models", str(bundle), "--port", "0"]
+    if in_pytorch:
+        words = ["pytorch"] if name == "lock" else [name, "--in-pytorch"]
+        return [
+            sys.executable,
+            "-m",
+            *(f"bench_peers.{word}" if word == words[0] else word for word in words),
+            "--model",
+            str(model),
+        ]
     python = optimum_python() if name in _WITH_OPTIMUM else sys.executable
     return [python, "-m", f"bench_peers.{name}", "--model", str(model if name == "pytorch" else bundle)]
 

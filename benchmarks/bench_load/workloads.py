@@ -38,26 +38,27 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request. Steps, strength and guidance are the contract's num_inference_steps, strength and guidance_scale."""
+    """One request. Steps, strength and guidance are the contract's num_inference_steps, strength and guidance_scale; None if the
+    model does not take it."""
 
     prompt: str
     source: Source
     steps: int
-    strength: float
-    guidance: float
+    strength: float | None
+    guidance: float | None
     seed: int
     negative_prompt: str = ""
 
     @property
     def denoising_steps(self) -> int:
         """The number of denoising steps, by diffusers' rule."""
-        return min(int(self.steps * self.strength), self.steps)
+        return self.steps if self.strength is None else min(int(self.steps * self.strength), self.steps)
 
     @property
     def units(self) -> float:
         """The approximate work."""
         width, height = self.source.size
-        rows = 2 if self.guidance > 1 else 1
+        rows = 2 if self.guidance is not None and self.guidance > 1 else 1
         return width * height / 128**2 * (self.denoising_steps * rows + FIXED_UNITS)
 
 

@@ -1,4 +1,4 @@
-"""Peer (b): optimum's pipeline with dynamic batching of whole requests.
+"""Peer (b): optimum's or diffusers' pipeline with dynamic batching of whole requests.
 
 A pipeline call has one number of steps, one strength, one guidance and one size, so only requests with equal values are batched.
 A running batch admits no further requests.
@@ -10,7 +10,7 @@ import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from bench_peers.common import Arguments, Device, Made, load_optimum, parser, prepare_process, serve
+from bench_peers.common import Arguments, Device, Made, load_optimum, load_pytorch, parser, prepare_process, serve
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,11 +107,12 @@ async def _main() -> None:
     flags.add_argument(
         "--max-delay", type=float, default=0.01, metavar="S", help="seconds to wait for a batch (default: %(default)s)"
     )
+    flags.add_argument("--in-pytorch", action="store_true", help="run diffusers on PyTorch instead of optimum")
     arguments = flags.parse_args()
-    device = Device(lambda: load_optimum(arguments.model))
+    device = Device(lambda: (load_pytorch if arguments.in_pytorch else load_optimum)(arguments.model))
     runner = Batching(device, arguments.max_batch, arguments.max_delay)
     worker = asyncio.create_task(runner.work())
-    await serve(device, runner, "optimum:batching", arguments.port_file)
+    await serve(device, runner, f"{'pytorch' if arguments.in_pytorch else 'optimum'}:batching", arguments.port_file)
     worker.cancel()
 
 

@@ -6,6 +6,7 @@ called in one worker thread, so the event loop stays free and torch keeps one po
 
 import argparse
 import asyncio
+import inspect
 import io
 import os
 import signal
@@ -95,15 +96,19 @@ class Device:
         import torch
 
         first = batch[0]
-        images: list[Image.Image] = self._pipeline(
-            prompt=[each.prompt for each in batch],
-            negative_prompt=None if first.negative_prompt is None else [each.negative_prompt for each in batch],
-            image=[each.image for each in batch],
-            strength=first.strength,
-            num_inference_steps=first.num_inference_steps,
-            guidance_scale=first.guidance_scale,
-            generator=[torch.Generator().manual_seed(each.seed) for each in batch],
-        ).images
+        known = inspect.signature(self._pipeline.__call__).parameters
+        arguments = {
+            "prompt": [each.prompt for each in batch],
+            "negative_prompt": None if first.negative_prompt is None else [each.negative_prompt for each in batch],
+            "image": [each.image for each in batch],
+            "strength": first.strength,
+            "num_inference_steps": first.num_inference_steps,
+            "guidance_scale": first.guidance_scale,
+            "generator": [torch.Generator().manual_seed(each.seed) for each in batch],
+            # Otherwise some classes make images of their own size.
+            **({"height": first.image.height, "width": first.image.width} if "height" in known else {}),
+        }
+        images: list[Image.Image] = self._pipeline(**{name: value for name, value in arguments.items() if name in known}).images
         return images
 
 
@@ -190,6 +195,15 @@ def load_optimum(model: Path) -> Any:
 
     torch.set_num_threads(1)
     return ORTPipelineForImage2Image.from_pretrained(str(model), export=False)
+
+
+def load_pytorch(model: Path) -> Any:
+    """diffusers' image-to-image pipeline in fp32, on all cores."""
+    import torch
+    from diffusers import AutoPipelineForImage2Image
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return AutoPipelineForImage2Image.from_pretrained(str(model), torch_dtype=torch.float32)
 
 
 async def serve(device: Device, runner: Runner, engine: str, port_file: Path) -> None:

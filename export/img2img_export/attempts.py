@@ -16,6 +16,7 @@ from img2img_server.bundle.manifest import (
     Source,
     Verification,
     WeightFormat,
+    is_text_encoder,
     limits_of,
 )
 from img2img_server.bundle.speedups import NONE, Speedups
@@ -124,7 +125,7 @@ def _attempt(
     converter = Converter(loader, drawn.calls, options, bundle, progress, control_graphs=has_controls)
     made = {part.component.name: part for component in plan.graphs for part in converter.convert(component)}
     progress.stage("saving the rest of the pipeline" if plan.graphs else "saving the PyTorch pipeline")
-    saved = torch_bundle.save(_load(loader, options), plan.graphs, options.precision, bundle)
+    saved = _save_rest(converter, loader, plan, options, bundle)
     while True:
         release_memory()
         progress.stage("comparing images from the server's pipeline with the references")
@@ -140,7 +141,23 @@ def _attempt(
             judged = _judge(attempt, drawn.cases, drawn.references, compared, generated, options, bundle)
             return _with_speedups(judged, made, options, bundle, progress)
         progress.stage(f"the worst image has {worst:.1f} dB: quantizing less")
-        made |= {part.component.name: part for component in again for part in converter.convert(component)}
+        graphs = [component for component in again if component in plan.graphs]
+        made |= {part.component.name: part for component in graphs for part in converter.convert(component)}
+        if not set(again) <= set(plan.graphs):
+            saved = _save_rest(converter, loader, plan, options, bundle)
+
+
+def _save_rest(converter: Converter, loader: Loader, plan: Plan, options: ExportOptions, bundle: Path) -> tuple[Component, ...]:
+    """Saves what is not a graph, text encoders beside graphs in the converter's format of weights."""
+    wanted: WeightFormat = converter.wanted_format if plan.graphs else ""
+    saved = torch_bundle.save(_load(loader, options), plan.graphs, options.precision, bundle, wanted, options.group_size)
+    for part in saved:
+        if part.weight_format:
+            converter.count_module(part.name)
+    return tuple(
+        dataclasses.replace(part, reason=converter.coarsening) if is_text_encoder(part.name) and plan.graphs else part
+        for part in saved
+    )
 
 
 def _with_speedups(

@@ -153,8 +153,23 @@ class Converter:
 
     @property
     def weight_format(self) -> WeightFormat:
-        """The format of the narrowest weights among the graphs; "" if none has quantized weights."""
+        """The format of the narrowest weights among the graphs and modules; "" if none has quantized weights."""
         return self._format if self._narrow else ""
+
+    @property
+    def wanted_format(self) -> WeightFormat:
+        """The narrowest format that is allowed now."""
+        return self._format
+
+    @property
+    def coarsening(self) -> str:
+        """Why weights are not in the format that was asked for; "" if they may be."""
+        asked = self._options.weight_format
+        return f"images differ too much with weights in {asked}" if self._format != asked else ""
+
+    def count_module(self, name: str) -> None:
+        """Has `tighten` name a component in PyTorch, too, whose weights were stored in `wanted_format`."""
+        self._narrow[name] = None
 
     @property
     def is_strictest(self) -> bool:
@@ -187,8 +202,7 @@ class Converter:
         if wanted == "int8" and name in STATIC_GRAPHS and not _BUDGETS[self._budget]:
             wanted, reason = "fp32", "images differ too much in int8"
         narrow: WeightFormat = self._format if name == _TRANSFORMER or name.startswith("text_encoder") else ""
-        if self._format != self._options.weight_format:
-            reason = f"images differ too much with weights in {self._options.weight_format}"
+        reason = self.coarsening or reason
         made = self._attempt(component, name, wanted, narrow)
         while made.problems and narrow:
             narrow, failed = _COARSER[narrow], narrow

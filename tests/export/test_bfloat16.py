@@ -1,16 +1,18 @@
 """bf16 graphs: valid, of the right types, and, emulated on a CPU, as near to PyTorch in fp32 as PyTorch in bf16 is."""
 
 import copy
+import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import onnx
 import pytest
 import torch
 from covering import nightly_but
-from diffusers import DiffusionPipeline
 from img2img_export.convert import bfloat16, emulation
 from img2img_export.convert.external_weights import GRAPH_NAME, ExternalWeightsGraph, Weight
 from img2img_export.convert.parts import Part, Tensors, denoiser_part, flatten, text_part, vae_parts
@@ -137,24 +139,28 @@ def test_numbers_are_converted_by_value() -> None:
     assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT16
 
 
-@pytest.mark.parametrize("name", ["flux-dev", *nightly_but(["flux"])])
-def test_half_precision_does_not_round_flux_timestep_and_guidance(
+@pytest.mark.parametrize("name", ["flux-dev", "chroma", "longcat-edit", *nightly_but(["flux"])])
+def test_half_precision_does_not_round_timestep_and_guidance(
     name: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """diffusers' transformer multiplies both by 1000 in the weights' type, which bf16 rounds by up to 16."""
-    module = DiffusionPipeline.from_pretrained(tiny_model(name)).transformer.eval()
+    """diffusers' transformers multiply both by 1000 in the weights' type, which bf16 rounds by up to 16."""
+    folder = tiny_model(name)
+    kind = getattr(diffusers, json.loads((folder / "transformer" / "config.json").read_text())["_class_name"])
+    module = kind.from_pretrained(folder, subfolder="transformer").eval()
     config, generator = module.config, torch.Generator().manual_seed(0)
+    taken = inspect.signature(module.forward).parameters
 
     def call(tokens: int) -> dict[str, torch.Tensor]:
         made = {
             "hidden_states": torch.randn(2, tokens, config.in_channels, generator=generator),
             "encoder_hidden_states": torch.randn(2, 9, config.joint_attention_dim, generator=generator),
-            "pooled_projections": torch.randn(2, config.pooled_projection_dim, generator=generator),
+            "pooled_projections": torch.randn(2, config.get("pooled_projection_dim", 1), generator=generator),
             "timestep": torch.tensor([0.4337, 0.9871]),
             "txt_ids": torch.zeros(9, 3),
             "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(tokens / 2)),
         }
-        return made | ({"guidance": torch.tensor([3.337, 6.771])} if config.guidance_embeds else {})
+        made |= {"guidance": torch.tensor([3.337, 6.771])} if config.get("guidance_embeds") else {}
+        return {name: value for name, value in made.items() if name in taken}
 
     example, other = call(12), call(16)
     part = denoiser_part("transformer", module, [example, other], example)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,8 @@ Get = Callable[[str], Path]
 
 def pipeline(model: Path) -> Any:
     """As much of a pipeline as a map needs."""
-    return SimpleNamespace(vae=AutoencoderKL.from_pretrained(model / "vae").eval())
+    name = json.loads((model / "vae" / "config.json").read_text())["_class_name"]
+    return SimpleNamespace(vae=getattr(diffusers, name).from_pretrained(model / "vae").eval())
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -46,11 +48,12 @@ def explained(vae: Any, images: Iterable[np.ndarray], weights: latent_preview.La
     return 1 - float(((np.concatenate(drawn) - colours) ** 2).mean() / ((colours - colours.mean(0)) ** 2).mean())
 
 
-@pytest.mark.parametrize("name", nightly_but(["sd1", "sdxl", "flux"], "sd1", "flux"))
+@pytest.mark.parametrize("name", nightly_but(["sd1", "sdxl", "flux", "klein", "qwenimage"], "sd1", "klein", "qwenimage"))
 def test_tiny_model_previews_explain_some_variance(name: str, tiny_model: Get) -> None:
     model = pipeline(tiny_model(name))
     weights = latent_preview.fit(model)
-    assert [len(row) for row in weights] == [4 * model.vae.config.latent_channels + 1] * 3
+    channels = model.vae.config.get("latent_channels") or model.vae.config.z_dim
+    assert [len(row) for row in weights] == [4 * channels + 1] * 3
     assert weights == latent_preview.fit(model), "the same model gives the same map"
     share = explained(model.vae, latent_preview.crops(np.random.default_rng(1)), weights)
     print(f"{name}: {share:.2f} of the variance")

@@ -14,13 +14,14 @@ from img2img_export import component
 from img2img_export.build import export_model
 from img2img_export.convert import weight_only
 from img2img_export.convert.external_weights import ExternalWeightsGraph, Weight
-from img2img_export.convert.weight_only import OPERATOR, to_weight_only
+from img2img_export.convert.weight_only import OPERATOR, quantize_layers, to_weight_only
 from img2img_export.errors import ExportError
 from img2img_export.options import GROUP_SIZES, ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.verify import images
 from img2img_export.verify.parity import open_graph
 from img2img_server.bundle.manifest import AccuracyLimits, WeightFormat, limits_of, read_manifest
+from img2img_server.runtime.common.weight_only import BITS, WeightOnlyLinear
 from img2img_server.runtime.loader import load_pipeline
 from onnx import TensorProto, helper
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
@@ -61,7 +62,7 @@ def written(graph: ExternalWeightsGraph, folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_numbers_are_those_of_onnx_runtimes_quantizer(weight_format: WeightFormat, group_size: int, tmp_path: Path) -> None:
     matrix, graph = layer()
-    bits = weight_only.BITS[weight_format]
+    bits = BITS[weight_format]
     config = DefaultWeightOnlyQuantConfig(block_size=group_size, is_symmetric=False, bits=bits)
     expected = DefaultWeightOnlyQuantizer(config).qbits_block_quant(matrix.contiguous().numpy())
     found = written(to_weight_only(graph, weight_format, group_size), tmp_path)
@@ -216,3 +217,61 @@ def test_server_draws_with_quantized_weights(bundle: Get) -> None:
     manifest = read_manifest(path)
     least = accuracy_check.least_psnr_db("fp16", manifest.weight_format)
     assert accuracy_check.judge(load_pipeline(path, manifest), path, manifest, least).passed
+
+
+def test_layers_of_text_encoders_in_pytorch_are_quantized(bundle: Get) -> None:
+    """Of a hybrid. The server computes with them in fp32 as the export's images have been compared."""
+    path = bundle("klein:fp16:int4")
+    manifest = read_manifest(path)
+    part = next(part for part in manifest.components if part.name == "text_encoder")
+    assert (part.backend, part.precision, part.weight_format) == ("torch", "fp16", "int4")
+    pipeline: Any = load_pipeline(path, manifest)
+    module = pipeline._pipe.text_encoder
+    layers = [layer for layer in module.modules() if isinstance(layer, WeightOnlyLinear)]
+    assert len(layers) == 28 * 7
+    assert not any(type(layer) is torch.nn.Linear for layer in module.modules())
+    stored = layers[0]
+    assert (stored.packed.dtype, stored.scales.dtype, module.dtype) == (torch.uint8, torch.float16, torch.float32)
+    logits = 2 * module.config.vocab_size * module.config.hidden_size  # which the server leaves out
+    assert part.bytes == sum(value.nbytes for value in module.parameters()) + logits
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_quantized_layer_has_the_numbers_of_the_quantized_product(weight_format: WeightFormat, bias: bool) -> None:
+    """Those of ONNX Runtime's quantizer, with columns that do not divide into whole blocks."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(ROWS, COLUMNS, bias=bias)
+    module = torch.nn.Sequential(linear)
+    given, weight = torch.randn(3, ROWS), linear.weight.detach().clone()
+    plain = module(given)
+    quantize_layers(module, weight_format, 32)
+    found: Any = module[0]
+    config = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=False, bits=BITS[weight_format])
+    packed, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight.t().contiguous().numpy())
+    assert np.array_equal(found.packed.numpy().reshape(-1), packed.reshape(-1))
+    assert np.array_equal(found.scales.numpy().reshape(-1), scales.reshape(-1))
+    assert np.array_equal(found.zero_points.numpy().reshape(-1), zeros.reshape(-1))
+    error = float((found.weights() - weight).abs().max() / weight.abs().max())
+    assert 0 < error < (1.1 / 2**8 if weight_format == "int8" else 1.1 / 2**4)
+    assert float((module(given) - plain).detach().norm() / plain.detach().norm()) < ERRORS[weight_format]
+
+
+def test_text_encoders_in_pytorch_are_tried_with_more_bits(
+    tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = images.measure
+
+    def strict(name: str, image: Any, reference: Any, precision: Any = "fp32", weight_format: WeightFormat = "") -> Any:
+        found = compare(name, image, reference, precision, weight_format)
+        return found if weight_format != "int4" else type(found)(found.case, 255, 0.0, False)
+
+    monkeypatch.setattr(images, "measure", strict)
+    with cut_short(1):
+        options = ExportOptions(str(tiny_model("klein")), tmp_path / "out", weight_format="int4", lora_graphs=False)
+        manifest = export_model(options).manifest
+    parts = {part.name: part for part in manifest.components}
+    assert (parts["text_encoder"].weight_format, parts["transformer"].weight_format) == ("int8", "int8")
+    assert parts["text_encoder"].reason == "images differ too much with weights in int4"
+    pipeline: Any = load_pipeline(tmp_path / "out", manifest)
+    assert {layer.bits for layer in pipeline._pipe.text_encoder.modules() if isinstance(layer, WeightOnlyLinear)} == {8}

@@ -19,6 +19,7 @@ from img2img_server.runtime.common import layers
 from img2img_server.runtime.common.fp32_compute import compute_in_fp32
 from img2img_server.runtime.common.offload import offload
 from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.onnx import components
 from img2img_server.runtime.onnx.components import Components, component_class, read_index
 from img2img_server.runtime.onnx.runners import HostRunner
 from img2img_server.runtime.onnx.sessions import SessionOptions
@@ -80,7 +81,7 @@ def test_only_one_layer_is_ready_at_a_time(tiny_model: Get, monkeypatch: pytest.
 
 
 def test_image_is_the_one_without_offload(bundle: Get) -> None:
-    """A hybrid in half precision. Its logits, which nothing reads, are not computed."""
+    """A hybrid in half precision with weights in 4 bits. Its logits, which nothing reads, are not computed."""
     path = bundle("klein:fp16:int4")
     pipeline: Any = load(path)
     source = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
@@ -89,7 +90,8 @@ def test_image_is_the_one_without_offload(bundle: Get) -> None:
     (logits,) = [part for part in pipeline._pipe.text_encoder.children() if not list(part.parameters())]
     assert logits(torch.zeros(1, 3, 5)).shape == (1, 3, 0)
     other: Any = load(path)
-    other._pipe.text_encoder = encoder(path, torch.float16)
+    kind = component_class(*read_index(path)["text_encoder"])
+    other._pipe.text_encoder = components._load(kind, path / "text_encoder", torch.float16, "int4")
     offload(other._pipe.text_encoder, "cpu", in_fp32=True)
     assert np.array_equal(alone(other, request), expected)
 
@@ -129,11 +131,11 @@ def test_bf16_graph_of_a_text_encoder_is_refused(bundle: Get) -> None:
     path = bundle("sd3")
     manifest = read_manifest(path)
     manifest = replace(manifest, components=tuple(replace(part, precision="bf16") for part in manifest.components))
-    components = Components(path, manifest, make, "cuda", "cuda", "cuda", offloads=Execution(offload="text-encoders").offloads)
+    opened = Components(path, manifest, make, "cuda", "cuda", "cuda", offloads=Execution(offload="text-encoders").offloads)
     with pytest.raises(BundleError, match=r"text_encoder_2 is bf16.*--precision fp16"):
-        components._graph("text_encoder_2")
+        opened._graph("text_encoder_2")
     with pytest.raises(BundleError, match="no kernel"):
-        components._graph("transformer")
+        opened._graph("transformer")
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])

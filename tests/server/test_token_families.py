@@ -14,6 +14,7 @@ from covering import nightly_but
 from fakes import make_request
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.request import Request, run_alone
+from img2img_server.runtime.diffusion.preview import draw
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from PIL import Image
@@ -143,3 +144,26 @@ def test_a_bundle_in_pytorch_is_opaque(bundle: Callable[[str], Path]) -> None:
 
     plans = list(plans_for(Layout("Flux2KleinPipeline", {"transformer": ("diffusers", "Flux2Transformer2DModel")}, ()), "auto"))
     assert [(plan.backend, plan.family) for plan in plans] == [("hybrid", "flux-2-klein"), ("torch", WHOLE)]
+
+
+@pytest.mark.parametrize("name", ["klein", "qwenimage"])
+def test_previews_of_the_last_step_show_the_result(name: str, bundle: Callable[[str], Path]) -> None:
+    """Of requests of both shapes: what the last step predicts are the latents that are decoded."""
+    pipeline: Any = load_pipeline(bundle(name), read_manifest(bundle(name)), Execution("cpu"))
+    vae = pipeline._pipe.vae
+    channels = vae.config.get("latent_channels") or vae.config.z_dim
+    pipeline._preview_weights = np.random.default_rng(0).normal(0, 0.2, (3, 4 * channels + 1)).tolist()
+    shapes = {(96, 64): 1, (64, 96): 2}
+    settings = {"prompt": "a lake", "num_inference_steps": 2, "strength": 1.0, "guidance_scale": 1.0, "preview_interval": 1}
+    states = pipeline.prepare(
+        [make_request(image=source(*size, seed), seeds=(seed,), **settings) for size, seed in shapes.items()]
+    )
+    while states[0].step < states[0].step_count:
+        pipeline.advance(states, pipeline.denoise(states))
+    factor = 8
+    for (width, height), state, drawn in zip(shapes, states, pipeline.preview(states), strict=True):
+        assert drawn.size == (width // factor, height // factor)
+        (expected,) = draw(pipeline._final_latents(state), pipeline._preview_weights)
+        difference = np.asarray(drawn, int) - np.asarray(expected, int)
+        assert np.abs(difference).max() <= 1
+        assert np.asarray(drawn).std() > 1

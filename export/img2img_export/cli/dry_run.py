@@ -292,11 +292,12 @@ def _forecast_part(
     else:
         size = WEIGHT_BYTES[precision] * weights.parameters
     narrow: WeightFormat = ""
-    if options.weight_format and is_graph and name.startswith(("transformer", "text_encoder")):
+    in_graph = is_graph and name.startswith(("transformer", "text_encoder"))
+    if options.weight_format and (in_graph or (plan.graphs and is_text_encoder(name))):
         narrow = options.weight_format
         size -= round(weights.products * (WEIGHT_BYTES[precision] - _narrow_width(WEIGHT_BYTES[precision], options)))
     elif options.weight_format and name.startswith((*DENOISERS, "text_encoder")):
-        reason = reason or "--weight-format applies only to the graphs of transformers and text encoders"
+        reason = reason or "--weight-format applies only to transformers and text encoders, of bundles with graphs"
     on_gpu = size
     if plan.backend == "torch":
         on_gpu = WEIGHT_BYTES["bf16"] * weights.parameters  # PyTorch runs in half precision on a GPU

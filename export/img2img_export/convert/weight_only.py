@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from img2img_server.bundle.manifest import WeightFormat
+from img2img_server.runtime.common.weight_only import BITS, WeightOnlyLinear
 from onnx import NodeProto, helper
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
 
@@ -23,11 +24,35 @@ from img2img_export.convert.fused_attention import DOMAIN
 from img2img_export.convert.quantize import is_worthwhile, matrix_of
 
 OPERATOR = "MatMulNBits"
-BITS: dict[WeightFormat, int] = {"int8": 8, "int4": 4}
 _INT8_ACTIVATIONS = 4
 """The accuracy level at which the CPU provider computes with activations in int8."""
 _PARTS = ("quantized", "scales", "zero_points")
 _KERNELS = {8: quantize_matmul_8bits, 4: quantize_matmul_4bits}
+
+
+_LEAST_INPUTS = 16
+"""Inputs of a linear layer below which it is not quantized."""
+_UNQUANTIZED = ("lm_head", "vis", "projector")
+"""Parts of the names of layers that stay as they are: of logits, which are not read, and of what sees images."""
+
+
+def quantize_layers(module: torch.nn.Module, weight_format: WeightFormat, group_size: int) -> None:
+    """Stores the linear layers of a text encoder of transformers in `weight_format`, in blocks of `group_size` weights, one at a
+    time, as the server loads them (runtime/common/weight_only.py)."""
+    bits = BITS[weight_format]
+    for name, linear in list(module.named_modules()):
+        is_large = type(linear) is torch.nn.Linear and linear.in_features >= _LEAST_INPUTS
+        if not is_large or any(part in name for part in _UNQUANTIZED):
+            continue
+        dtype = linear.weight.dtype
+        blocks = _Blocks(Weight.of(linear.weight.detach(), dtype).transposed((1, 0)), bits, group_size)
+        made = WeightOnlyLinear(linear.in_features, linear.out_features, bits, group_size, linear.bias is not None, dtype)
+        parts = dict(zip(_PARTS, (made.packed, made.scales, made.zero_points), strict=True))
+        for part, parameter in parts.items():
+            parameter.data.copy_(torch.from_numpy(blocks.take(part)).reshape(parameter.shape))
+        if made.bias is not None:
+            made.bias.data.copy_(linear.bias)
+        module.set_submodule(name, made)
 
 
 @dataclass(slots=True)

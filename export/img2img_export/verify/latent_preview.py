@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from img2img_server.runtime.diffusion.preview import features
 
 from img2img_export.convert.graphs import quiet
@@ -28,6 +27,9 @@ _CROP = 128
 _CROPS = 4
 """Crops per image, each with its own brightness and contrast."""
 _DIGITS = 6
+_VIDEOS = "AutoencoderKLQwenImage"
+"""The autoencoder whose images are videos of one frame."""
+_KINDS = ("AutoencoderKL", "AutoencoderKLFlux2", _VIDEOS)
 _RIDGE = 1e-4
 """Ridge term, as a fraction of the latents' mean variance. Without it, correlated channels get huge weights that overfit."""
 _ROUGHNESS = (1.0, 1.5, 2.0)
@@ -37,11 +39,11 @@ _ROUGHNESS = (1.0, 1.5, 2.0)
 def fit(pipeline: Any) -> LatentPreview:
     """Fits rgb = W features + b (rgb from 0 to 1) by least squares over all latents of the images.
 
-    Latents are scaled like the inputs of the pipeline's UNet. Returns () if the pipeline has no AutoencoderKL or the map is not
-    finite. The pipeline runs in fp32 on the CPU and is not changed.
+    Latents are scaled like the inputs of the pipeline's UNet; those of FLUX.2 are the VAE's own. Returns () if the pipeline has
+    none of the autoencoders _KINDS or the map is not finite. The pipeline runs in fp32 on the CPU and is not changed.
     """
     vae = getattr(pipeline, "vae", None)
-    if not isinstance(vae, AutoencoderKL):
+    if not any(kind.__name__ in _KINDS for kind in type(vae).__mro__):
         return ()
     known, colours = [], []
     for image in crops(np.random.default_rng(0)):
@@ -68,9 +70,11 @@ def _solve(known: torch.Tensor, colours: torch.Tensor) -> LatentPreview:
 def encode(vae: Any, image: Pixels) -> torch.Tensor:
     """The most likely latents [C, h, w] of an image, scaled like in diffusers' img2img pipelines."""
     pixels = torch.from_numpy(image).to(torch.float32).permute(2, 0, 1)[None] * 2 - 1
+    is_video = type(vae).__name__ == _VIDEOS
     with quiet(), torch.no_grad():
-        latents: torch.Tensor = vae.encode(pixels).latent_dist.mode()
-    config, factor = vae.config, float(vae.config.scaling_factor)
+        latents: torch.Tensor = vae.encode(pixels[:, :, None] if is_video else pixels).latent_dist.mode()
+    latents = latents[:, :, 0] if is_video else latents
+    config, factor = vae.config, _factor(vae)
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("latents_mean", "latents_std"))
         return (latents[0] - mean) * factor / std
@@ -79,16 +83,23 @@ def encode(vae: Any, image: Pixels) -> torch.Tensor:
 
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Decodes `latents` [C, h, w], scaled as by `encode`, to mean colours [3, h, w] of about 0 to 1."""
-    config, factor = vae.config, float(vae.config.scaling_factor)
+    config, factor = vae.config, _factor(vae)
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("latents_mean", "latents_std"))
         latents = latents * std / factor + mean
     else:
         latents = latents / factor + float(config.get("shift_factor") or 0.0)
+    is_video = type(vae).__name__ == _VIDEOS
     with quiet(), torch.no_grad():
-        pixels: torch.Tensor = vae.decode(latents[None]).sample[0]
+        pixels: torch.Tensor = vae.decode(latents[None, :, None] if is_video else latents[None]).sample[0]
+    pixels = pixels[:, 0] if is_video else pixels
     height, width = latents.shape[1:]
     return torch.nn.functional.adaptive_avg_pool2d(pixels / 2 + 0.5, (height, width))
+
+
+def _factor(vae: Any) -> float:
+    """The factor that latents are scaled by."""
+    return float(vae.config.get("scaling_factor") or 1.0)
 
 
 def synthetic_images(random: np.random.Generator) -> Iterator[Pixels]:

@@ -76,13 +76,13 @@ class Flux2Klein(TokenPipeline):
 
     def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
         width, height = (side // self.size_multiple for side in request.result_size)
-        return latents.reshape(len(latents), -1, height, width)
+        latents, vae = latents.reshape(len(latents), -1, height, width), self._pipe.vae
+        mean, variance = (part.view(1, -1, 1, 1).to(latents) for part in (vae.bn.running_mean, vae.bn.running_var))
+        unpacked: torch.Tensor = self._pipe._unpatchify_latents(latents * torch.sqrt(variance + vae.config.batch_norm_eps) + mean)
+        return unpacked
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        vae = self._pipe.vae
-        mean, variance = (part.view(1, -1, 1, 1).to(latents) for part in (vae.bn.running_mean, vae.bn.running_var))
-        latents = latents * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
-        return torch.as_tensor(vae.decode(self._pipe._unpatchify_latents(latents), return_dict=False)[0])
+        return torch.as_tensor(self._pipe.vae.decode(latents, return_dict=False)[0])
 
 
 class Flux2(Flux2Klein):

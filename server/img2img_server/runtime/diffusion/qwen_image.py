@@ -44,12 +44,16 @@ class QwenImage(TrulyGuidedPipeline):
         count, _, channels, height, width = latents.shape
         return self._packed(self._pipe._pack_latents(latents, count, channels, height, width))
 
+    def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+        return super()._unpacked(latents, request)[:, :, 0]
+
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self._pipe.vae
         mean, deviation = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in (vae.config.latents_mean, vae.config.latents_std)
+            torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        return torch.as_tensor(vae.decode(latents * deviation + mean, return_dict=False)[0][:, :, 0])
+        frames = (latents * deviation + mean)[:, :, None]
+        return torch.as_tensor(vae.decode(frames, return_dict=False)[0][:, :, 0])
 
 
 class QwenImageEdit(QwenImage):

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from img2img_server.bundle.controls import FAMILY
 from img2img_server.bundle.files import read_json
-from img2img_server.bundle.manifest import Component, Manifest
+from img2img_server.bundle.manifest import Component, Manifest, WeightFormat
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common import clip_tokenizer
 from img2img_server.runtime.common.clip_tokenizer import LightCLIPTokenizer
@@ -113,8 +114,16 @@ class Components:
             if library == "transformers":
                 return OnnxTextEncoder(self._graph(name), folder, self.device, read_config(folder) if light else None)
             return OnnxDenoiser(self._graph(name), folder, self.device, self._light_graph(name), self._control(name))
+        return self._module(name, component_class(library, class_name), folder)
+
+    def _module(self, name: str, kind: Any, folder: Path) -> Any:
+        """An object that diffusers or transformers load; with its weights, if it is a module."""
+        component = next((item for item in self.manifest.components if item.name == name), None)
         is_offloaded = self.device == "cuda" and self.offloads(name)
-        loaded = _load(component_class(library, class_name), folder, self._stored(name, is_offloaded))
+        stored = torch.float32
+        if component is not None and (is_offloaded or not self.compiles):
+            stored = _DTYPES.get(component.precision, torch.float32)
+        loaded = _load(kind, folder, stored, component.weight_format if component is not None else "")
         if isinstance(loaded, torch.nn.Module):
             if self.is_stepped and isinstance(getattr(loaded, "lm_head", None), torch.nn.Linear):
                 loaded.lm_head = _NoLogits()
@@ -123,13 +132,6 @@ class Components:
             else:
                 compute_in_fp32(loaded)
         return loaded
-
-    def _stored(self, name: str, is_offloaded: bool) -> torch.dtype:
-        """The type that the weights of a torch module are kept in."""
-        component = next((item for item in self.manifest.components if item.name == name), None)
-        if component is None or (self.compiles and not is_offloaded):
-            return torch.float32
-        return _DTYPES.get(component.precision, torch.float32)
 
     def _has_graph(self, name: str) -> bool:
         return (self.bundle / name / _GRAPH).is_file()
@@ -212,6 +214,16 @@ class Components:
         return Graph(runner, tensors)
 
 
+def _quantized(folder: Path, weight_format: WeightFormat) -> Any:
+    """What tells transformers which layers of a module are in `weight_format`. Raises BundleError."""
+    from img2img_server.runtime.common.weight_only import BITS, WeightOnlyConfig
+
+    try:
+        return WeightOnlyConfig.read(folder, BITS[weight_format])
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise BundleError(f"{folder} does not load: {error}") from error
+
+
 class _NoLogits(torch.nn.Module):
     """In place of a language model's last layer."""
 
@@ -261,8 +273,9 @@ def component_class(library: str, class_name: str) -> Any:
     return found
 
 
-def _load(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """Loads an object of a diffusers or transformers class from a folder; models from safetensors, with weights in `dtype`."""
+def _load(kind: Any, folder: Path, dtype: torch.dtype, weight_format: WeightFormat) -> Any:
+    """Loads an object of a diffusers or transformers class from a folder; models from safetensors, with weights in `dtype`, of
+    which layers may be stored in `weight_format`."""
     try:
         kind = loadable(kind)
     except ImportError as error:
@@ -270,6 +283,8 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     settings: dict[str, Any] = {"local_files_only": True}
     if inspect.isclass(kind) and issubclass(kind, torch.nn.Module):
         settings |= {"torch_dtype": dtype, "use_safetensors": True}
+        if weight_format:
+            settings["quantization_config"] = _quantized(folder, weight_format)
     elif kind.__module__.startswith("transformers."):
         # If unset, transformers asks at the terminal whether to run code from the bundle or a repository that it names.
         settings["trust_remote_code"] = False
