@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 
 from img2img_server.codecs.jobs import Job, file_of
-from img2img_server.codecs.pool import CodecProcess
+from img2img_server.codecs.process import CodecProcess
 
 
 def _at_once(job: Job) -> None:

@@ -8,8 +8,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from img2img_server.codecs import pool
-from img2img_server.codecs.pool import CodecProcess, ProcessDied
+from img2img_server.codecs.process import COMMAND, CodecProcess, ProcessDied, environment
 
 _spawner = ThreadPoolExecutor(1, "test-codecs")
 """A thread that lasts: the kernel ends a codec process with the thread that started it."""
@@ -23,10 +22,10 @@ class _Running:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._popen = subprocess.Popen(
-                [*pool.COMMAND, str(theirs.fileno()), str(os.getpid())],
+                [*COMMAND, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=pool.environment(),
+                env=environment(),
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )

@@ -21,7 +21,8 @@ from img2img_server import images
 from img2img_server.api import parsing
 from img2img_server.codecs import pool
 from img2img_server.codecs.jobs import Ask, Inspect, JobDone, LoadImage, digest_of
-from img2img_server.codecs.pool import COMMAND, CodecProcess, Codecs, ImageMemory
+from img2img_server.codecs.pool import Codecs, ImageMemory
+from img2img_server.codecs.process import COMMAND, CodecProcess
 from img2img_server.config import CodecSettings
 from img2img_server.errors import ImageMemoryFull, InvalidField, ShuttingDown
 from img2img_server.images import ImageLimits, SizeRule

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import pytest
 from img2img_client import Client
 from img2img_server.codecs import pool
-from img2img_server.codecs.pool import CodecProcess, _Guard
+from img2img_server.codecs.pool import _Guard
+from img2img_server.codecs.process import CodecProcess
 from PIL import Image
 from running import running_backend
 from simulated_device import simulated
