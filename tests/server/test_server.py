@@ -140,7 +140,7 @@ def test_a_message_above_the_limit_is_refused_by_grpc_itself() -> None:
 
 def _serve(models: Path, port_file: Path, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "img2img_server", "--models", str(models), "--port", "0", "--port-file", str(port_file)]
-    command += ["--warm-up", "1"]  # of 16 numbers of rows
+    command += ["--warm-up", "0"]
     with log.open("wb") as file:
         return subprocess.Popen(command, stderr=file)
 
