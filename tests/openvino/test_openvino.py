@@ -243,7 +243,7 @@ def test_bfloat16_needs_native_cpu_instructions(
     information = tmp_path / "cpuinfo"
     information.write_text(f"vendor_id\t: GenuineIntel\nflags\t\t: {flags}\n", encoding="utf-8")
     able = cpu.multiplies_bfloat16(information)
-    monkeypatch.setattr(openvino, "core", lambda: SimpleNamespace(get_property=lambda device, name: capabilities))
+    monkeypatch.setattr(openvino, "openvino_core", lambda: SimpleNamespace(get_property=lambda device, name: capabilities))
     monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: able)
     assert openvino.arithmetic(Execution(arithmetic=arithmetic)) == expected
     assert not cpu.flags(tmp_path / "nowhere")
