@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from covering import nightly_but
 from img2img_server.bundle.manifest import digest_files, list_files
+from img2img_server.runtime.control.own import edges
 from PIL import Image
 
 NAMES = sorted(tiny_models.BUILDERS)
@@ -24,7 +25,7 @@ def test_a_model_is_the_same_every_time(name: str, tiny_model: Callable[[str], P
     assert digest_files(first, weights) == digest_files(second, weights)
 
 
-_NO_GUIDANCE = {"flux", "flux-dev", "qwenimage", "zimage", "lcm"}
+_NO_GUIDANCE = {"flux", "flux-control", "flux-dev", "qwenimage", "zimage", "lcm"}
 """Models whose guidance is none (schnell), goes by another argument, or has hardly any effect on random weights."""
 
 
@@ -51,6 +52,7 @@ def test_every_request_field_affects_the_image(name: str, tiny_model: Callable[[
         image = sample_image(64, 64)
         settings = {"prompt": "a lake", "guidance_scale": 7.5, "strength": 0.6, "height": 64, "width": 64, **changes}
         settings["mask_image"] = Image.new("L", (64, 64), 255)
+        settings["control_image"] = edges(sample_image(64, 64), (64, 64))
         with quiet(), torch.no_grad():
             images = pipeline(
                 image=image.rotate(180) if flip else image,
