@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
@@ -20,7 +20,7 @@ from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions, LoraFile
 from img2img_export.progress import Progress
 from img2img_server.bundle.controls import CLASSES, CONTROL_LORA_NAME, CONTROL_NAME, FAMILY, is_residual
-from img2img_server.bundle.manifest import check_bundle, read_manifest
+from img2img_server.bundle.manifest import Precision, check_bundle, read_manifest
 from short_exports import brief, cut_short
 
 Get = Callable[[str], Path]
@@ -82,14 +82,15 @@ def test_control_graphs_of_a_family_without_controlnets_are_refused(tiny_model: 
         export_model(ExportOptions(str(tiny_model("sd3")), tmp_path / "bundle", control_graphs=True))
 
 
-@pytest.mark.parametrize("precision", nightly_but(["fp16", "bf16", "int8"], "fp16"))
-def test_precisions_of_a_controlnet(precision: Any, tiny_controlnet: Get, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sd1-a fp16", *nightly_but(["sd1-a bf16", "sd1-a int8", "flux-dev-a bf16", "flux-dev-x fp16"])])
+def test_precisions_of_a_controlnet(name: str, tiny_controlnet: Get, tmp_path: Path) -> None:
+    net, precision = name.split()
     with brief():
-        made = export_model(ExportOptions(str(tiny_controlnet("sd1-a")), tmp_path / "net", precision=precision))
+        made = export_model(ExportOptions(str(tiny_controlnet(net)), tmp_path / "net", precision=cast(Precision, precision)))
     (component,) = made.manifest.components
     assert component.precision == precision
     assert component.reason == ""
-    assert component.fused == ("controlnet/cuda/model.onnx" if precision == "fp16" else "")
+    assert component.fused == ("controlnet/cuda/model.onnx" if name == "sd1-a fp16" else "")
 
 
 def test_an_export_is_repeated_only_after_a_change(tiny_controlnet: Get, tmp_path: Path) -> None:

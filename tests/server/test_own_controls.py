@@ -24,6 +24,7 @@ from img2img_export.options import ExportOptions
 from img2img_server.backends.local import local
 from img2img_server.bundle.lora_files import LoraFiles
 from img2img_server.bundle.manifest import read_manifest
+from img2img_server.bundle.speedups import Speedup, Speedups
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import ControlUse, LoraUse, Mask, Request
 from img2img_server.runtime.diffusion.flux import FluxControl
@@ -31,6 +32,7 @@ from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.lora.adapters import LoraSettings
 from img2img_server.runtime.opaque.pipeline import OpaquePipeline
+from img2img_server.support.fidelity import Fidelity
 from kserve_calls import client_of, image_input, text
 from lora_making import make, write_diffusers
 from PIL import Image, ImageDraw, ImageOps
@@ -150,6 +152,23 @@ def test_each_image_of_a_request_draws_its_own_latents(masked: bool, bundle: Get
         pipeline.advance(states, pipeline.denoise(states))
     for seed, image in zip((5, 9), pipeline.finish(states)[0], strict=True):
         assert np.array_equal(np.asarray(image, int), alone(pipeline, dataclasses.replace(request, seeds=(seed,))))
+
+
+def test_a_speedup_is_used_with_the_image_that_the_model_reads_by_itself(bundle: Get) -> None:
+    """It was measured with one, unlike those of models whose requests name ControlNets."""
+    pipeline = load(bundle(FLUX))
+    fewer = Speedup(
+        "fewer", 1.0, 1, keeps_guidance=False, keeps_features=False, called_share=0.2, skip_period=2, psnr_db=31.0, ssim=0.99
+    )
+    pipeline.speedups.speedups = Speedups((fewer,), 1, 4, 7.5, 0.25)
+    exact = asked(0, num_inference_steps=10)
+    fast = dataclasses.replace(exact, fidelity=Fidelity("fast"))
+    plan = pipeline.plan(fast)
+    assert plan.speedup is not None
+    assert (plan.speedup.name, plan.warnings) == ("fewer", ())
+    assert plan.step_count < pipeline.plan(exact).step_count
+    difference = np.abs(alone(pipeline, fast) - alone(pipeline, exact))
+    assert 0 < difference.mean() < 20
 
 
 def test_flux_control_takes_loras(bundle: Get, tiny_model: Get, tmp_path: Path) -> None:
