@@ -22,6 +22,7 @@ import bench_simulated
 import bench_speedups
 import bench_start
 from bench_load import command as bench_load
+from bench_load import peers as bench_peers
 
 _DESCRIPTION = """\
 Measures the server on the demo model. Run it on an idle machine.
@@ -50,6 +51,10 @@ def main() -> int:
     # Too long to run by default.
     apart = {
         "loras": (bench_loras, "steps with LoRAs of requests, against none and against calls divided by LoRA (1 minute)"),
+        "peers": (
+            bench_peers,
+            "many concurrent requests, compared with LitServe and BentoML (10 minutes, after scripts/peers_setup)",
+        ),
         "speedups": (bench_speedups, "whole requests with each speedup of a bundle, against exact ones (1 minute)"),
         "rounding": (bench_rounding, "a UNet's error with and without the timestep's angle in bfloat16 (2 minutes)"),
         "export": (bench_export, "exports of real-size models: wall time and peak memory (an hour)"),

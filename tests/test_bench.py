@@ -2,11 +2,14 @@
 
 import argparse
 import asyncio
+import base64
 import io
 import json
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import bench_codecs
@@ -35,6 +38,7 @@ from bench_load.workloads import (
 )
 from bench_peers.batching import settings as batch_settings
 from bench_peers.common import Arguments
+from img2img.v1.image_to_image_pb2 import TransformRequest
 from PIL import Image
 from rich.console import Console
 
@@ -59,6 +63,43 @@ def test_optimum_peers_name_their_setup_script(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(servers, "OPTIMUM", tmp_path / "python")
     with pytest.raises(SystemExit, match="make it with scripts/oracle_setup"):
         command("lock")
+
+
+@pytest.mark.parametrize("name", ["litserve", "bentoml"])
+def test_peers_over_http_name_their_setup_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    monkeypatch.setattr(servers, "PEERS", tmp_path / "python")
+    with pytest.raises(SystemExit, match="make it with scripts/peers_setup"):
+        command(name)
+
+
+class _HttpPeer(BaseHTTPRequestHandler):
+    """Answers with the source's file, or with an error if the seed is 5."""
+
+    def do_POST(self) -> None:
+        (message,) = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
+        request = TransformRequest.FromString(base64.b64decode(message))
+        body = json.dumps([base64.b64encode(request.image.data).decode()]).encode()
+        self.send_response(500 if request.seed == 5 else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, form: str, *arguments: object) -> None:
+        """Writes no log."""
+
+
+async def test_jobs_are_sent_over_http_with_the_same_message() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _HttpPeer) as peer:
+        thread = threading.Thread(target=peer.serve_forever)
+        thread.start()
+        async with connected(f"http://127.0.0.1:{peer.server_port}") as sender:
+            images = [await sender.send(job) for job in JOBS]
+        peer.shutdown()
+        thread.join()
+    assert images == [render(JOBS[0].source), render(JOBS[1].source), b""]
+    assert [record.error for record in sender.records] == ["", "", "ClientResponseError"]
+    assert {record.queue for record in sender.records} == {None}, "peers over HTTP do not say how long a request waited"
 
 
 @pytest.mark.parametrize(
@@ -118,11 +159,12 @@ def _record(sent: float, latency: float, **more: object) -> Record:
 
 
 def test_throughput_is_responses_over_the_time_to_the_last_one() -> None:
-    first = Run("ours", "saturation", 0, (_record(1, 1), _record(1, 3), _record(1, 9, error="UNAVAILABLE")))
-    second = Run("ours", "saturation", 1, (_record(0, 2, estimate=3.0, estimate_error=0.5), _record(0, 1, role="alone")))
+    first = Run("ours", "saturation", 0, (_record(1, 1), _record(1, 3), _record(1, 9, error="UNAVAILABLE")), 6.0)
+    second = Run("ours", "saturation", 1, (_record(0, 2, estimate=3.0, estimate_error=0.5), _record(0, 1, role="alone")), 3.0)
     made = summarize([first, second])
     assert (made.requests, made.errors) == (3, 1)
     assert made.requests_per_second == pytest.approx(3 / 5)
+    assert made.cpu_per_request == pytest.approx((6.0 + 3.0) / 3)
     assert made.steps_per_second == pytest.approx(30 / 5)
     assert made.per_round == pytest.approx((2 / 3, 1 / 2))
     assert (made.p50, made.alone_p50, made.estimate_error) == pytest.approx((2.0, 1.0, 0.5))

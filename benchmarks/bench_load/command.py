@@ -1,4 +1,4 @@
-"""Compares the server with three peers under load: throughput, latencies, fairness, batch sizes."""
+"""Compares the server with peers under load: throughput, latencies, fairness, batch sizes."""
 
 import argparse
 import asyncio
@@ -8,7 +8,7 @@ from rich.console import Console
 
 from bench_load.families import FAMILIES
 from bench_load.measuring import Measurement, Settings, record_trace
-from bench_load.servers import ROOT, SERVERS, ServerFailed, knows_trace
+from bench_load.servers import FIRST_SERVERS, ROOT, SERVERS, ServerFailed, knows_trace
 from bench_load.workloads import WORKLOADS
 
 FOLDER = ROOT / ".bench"
@@ -18,6 +18,7 @@ examples:
   scripts/bench load                                     all workloads and servers: about 15 minutes
   scripts/bench load --workloads saturation --rounds 1   one workload, once
   scripts/bench load --servers ours,lock --seconds 4     two servers, short
+  scripts/bench load --servers ours,litserve,bentoml --workloads uniform,crowd,alone   after scripts/peers_setup
 
 servers:
 {servers}
@@ -38,7 +39,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         workloads="\n".join(f"  {name:<12}{workload.title}" for name, workload in WORKLOADS.items()),
     )
     add = parser.add_argument
-    add("--servers", type=_names(SERVERS), default=tuple(SERVERS), metavar="A,B", help="servers to compare (default: all)")
+    add(
+        "--servers",
+        type=_names(SERVERS),
+        default=FIRST_SERVERS,
+        metavar="A,B",
+        help="servers to compare (default: the first four)",
+    )
     add("--workloads", type=_names(WORKLOADS), default=tuple(WORKLOADS), metavar="A,B", help="workloads to run (default: all)")
     length = "length of a list, as approximate seconds for peer lock (default: %(default)s)"
     add("--seconds", type=_seconds, default=8.0, metavar="S", help=length)

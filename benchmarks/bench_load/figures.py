@@ -30,6 +30,8 @@ class Run:
     workload: str
     round: int
     records: tuple[Record, ...]
+    cpu: float = math.nan
+    """Seconds of processor time that the server used meanwhile, in all its processes."""
 
     @property
     def answered(self) -> list[Record]:
@@ -51,6 +53,8 @@ class Figures:
     errors: int
     requests_per_second: float
     steps_per_second: float
+    cpu_per_request: float
+    """Seconds of the server's processor time, which depend less on other load of the machine."""
     per_round: tuple[float, ...]
     """Requests per second of each round, to show how stable the machine was."""
     p50: float
@@ -76,6 +80,7 @@ def summarize(runs: Sequence[Run]) -> Figures:
         errors=sum(record.role in MEASURED and bool(record.error) for run in runs for record in run.records),
         requests_per_second=len(counted) / span if counted else math.nan,
         steps_per_second=sum(record.steps for record in counted) / span if counted else math.nan,
+        cpu_per_request=sum(run.cpu for run in runs) / len(counted) if counted else math.nan,
         per_round=tuple(len(run.answered) / run.span for run in runs),
         p50=percentile(latencies, 50),
         p95=percentile(latencies, 95),

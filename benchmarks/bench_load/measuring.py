@@ -146,12 +146,14 @@ class Measurement:
         async with connected(server.target) as sender:
             await closed_loop(sender, self._warm_up_jobs(), 2)
         async with connected(server.target, stream=bool(workload.load) and server.name == "ours") as sender:
+            begun = server.cpu_seconds
             await self._send(sender, workload, drawn, round_)
+            cpu = server.cpu_seconds - begun
         records = tuple(record for record in sender.records if record.role != "background")
         async with connected(server.target) as sender:
             await closed_loop(sender, self._warm_up_jobs()[:1], 1)
         server.pause()
-        return Run(server.name, workload.name, round_, records)
+        return Run(server.name, workload.name, round_, records, cpu)
 
     def _warm_up_jobs(self) -> list[Job]:
         return list(self._settings.adapted(_warm_up_jobs()))

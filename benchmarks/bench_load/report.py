@@ -36,7 +36,7 @@ def figures(runs: Sequence[Run]) -> dict[str, dict[str, Figures]]:
 
 def print_tables(results: Results, settings: Settings, console: Console) -> None:
     """Prints the comparison and the figures of the trace."""
-    table = Table("workload", "server", "answers", "errors", "requests/s", "by round", "steps/s", title="times in seconds")
+    table = Table("workload", "server", "answers", "errors", "requests/s", "by round", "steps/s", "CPU", title="times in seconds")
     for column in ("p50", "p95", "p99", "waited, p50", ""):
         table.add_column(column)
     found = figures(results.runs)
@@ -44,10 +44,10 @@ def print_tables(results: Results, settings: Settings, console: Console) -> None
         for server in settings.servers:
             row = found[workload][server]
             first = server == settings.servers[0]
-            rates = ("", "", "")
+            rates = ("", "", "", "")
             if WORKLOADS[workload].foreground is None:
                 rounds = " ".join(f"{value:.2f}" for value in row.per_round)
-                rates = (f"{row.requests_per_second:.2f}", rounds, f"{row.steps_per_second:.1f}")
+                rates = (f"{row.requests_per_second:.2f}", rounds, f"{row.steps_per_second:.1f}", f"{row.cpu_per_request:.2f}")
             times = (f"{value:.2f}" for value in (row.p50, row.p95, row.p99, row.queue_p50))
             note = _note(row)
             errors = str(row.errors or "")

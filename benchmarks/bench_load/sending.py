@@ -1,14 +1,17 @@
 """Sends jobs to a server and records the results: closed loops, open loops, and one client concurrent with others."""
 
 import asyncio
+import base64
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import aiohttp
 import grpc
 from img2img.v1.image_to_image_pb2 import (
+    ImageResult,
     ImageSource,
     TransformRequest,
     TransformResponse,
@@ -53,7 +56,7 @@ class Record:
 class Sender:
     """A connection to one server, and the records of what was sent over it."""
 
-    stub: "ImageToImageServiceAsyncStub"
+    stub: "ImageToImageServiceAsyncStub | None"
     stream: bool = False
     """Whether to use TransformStream, which sends an estimate."""
     records: list[Record] = field(default_factory=list)
@@ -67,19 +70,23 @@ class Sender:
         data = b""
         try:
             answer = await (self._streamed(request, record) if self.stream else self._called(request))
-            record.queue = answer.timings.queue_ms / 1e3
+            record.queue = answer.timings.queue_ms / 1e3 if answer.HasField("timings") else None
             data = answer.images[0].data
         except grpc.aio.AioRpcError as error:
             record.error = error.code().name
+        except aiohttp.ClientError as error:
+            record.error = type(error).__name__
         record.latency = time.perf_counter() - begun
         self.records.append(record)
         return data
 
     async def _called(self, request: TransformRequest) -> TransformResponse:
+        assert self.stub is not None, "HttpSender calls in another way"
         answer: TransformResponse = await self.stub.Transform(request, timeout=CALL_SECONDS)
         return answer
 
     async def _streamed(self, request: TransformRequest, record: Record) -> TransformResponse:
+        assert self.stub is not None, "peers over HTTP have no streams"
         estimated = time.perf_counter()
         completed = TransformResponse()
         async for event in self.stub.TransformStream(TransformStreamRequest(request=request), timeout=CALL_SECONDS):
@@ -94,9 +101,29 @@ class Sender:
         return completed
 
 
+class HttpSender(Sender):
+    """Sends over HTTP to a peer, in the form of bench_peers/whole_requests.py."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        super().__init__(stub=None)
+        self._session = session
+
+    async def _called(self, request: TransformRequest) -> TransformResponse:
+        body = {"messages": [base64.b64encode(request.SerializeToString()).decode()]}
+        async with self._session.post("/transform", json=body) as response:
+            (image,) = await response.json()
+        return TransformResponse(images=[ImageResult(data=base64.b64decode(image))])
+
+
 @contextlib.asynccontextmanager
 async def connected(target: str, stream: bool = False) -> AsyncIterator[Sender]:
-    """A Sender to the server at `target`."""
+    """A Sender to the server at `target`: a host and port, or an HTTP address."""
+    if target.startswith("http://"):
+        timeout = aiohttp.ClientTimeout(CALL_SECONDS)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(target, timeout=timeout, connector=connector, raise_for_status=True) as session:
+            yield HttpSender(session)
+        return
     async with grpc.aio.insecure_channel(target, options=OPTIONS) as channel:
         await asyncio.wait_for(channel.channel_ready(), 30)
         yield Sender(ImageToImageServiceStub(channel), stream)

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / ".demo" / "models" / "demo"
@@ -18,11 +20,18 @@ SERVERS = {
     "lock": "optimum's pipeline behind a lock",
     "batching": "optimum's pipeline, whole requests batched",
     "pytorch": "diffusers on PyTorch behind a lock",
+    "litserve": "LitServe around diffusers in bf16, whole requests batched",
+    "bentoml": "BentoML around diffusers in bf16, whole requests batched",
 }
-"""Name -> description."""
+"""Name -> description. In fp32 on a CPU without instructions for bf16."""
+FIRST_SERVERS = ("ours", "lock", "batching", "pytorch")
+"""Those that are compared unless others are named."""
 OPTIMUM = ROOT / ".venv-oracle" / "bin" / "python"
 """The Python with optimum-onnx, which conflicts with the versions of requirements.lock."""
 _WITH_OPTIMUM = ("lock", "batching")
+PEERS = ROOT / ".venv-peers" / "bin" / "python"
+"""The Python with LitServe and BentoML."""
+_OVER_HTTP = ("litserve", "bentoml")
 
 
 class ServerFailed(Exception):
@@ -43,8 +52,14 @@ def command(name: str, bundle: Path = BUNDLE, model: Path = MODEL, in_pytorch: b
             "--model",
             str(model),
         ]
-    python = optimum_python() if name in _WITH_OPTIMUM else sys.executable
-    return [python, "-m", f"bench_peers.{name}", "--model", str(model if name == "pytorch" else bundle)]
+    python = optimum_python() if name in _WITH_OPTIMUM else _peers_python() if name in _OVER_HTTP else sys.executable
+    return [python, "-m", f"bench_peers.{name}", "--model", str(bundle if name in _WITH_OPTIMUM else model)]
+
+
+def _peers_python() -> str:
+    if not PEERS.is_file():
+        raise SystemExit("bench: LitServe and BentoML need a separate environment; make it with scripts/peers_setup")
+    return str(PEERS)
 
 
 def optimum_python() -> str:
@@ -84,9 +99,9 @@ class ServerProcess:
         scripts = str(ROOT / "benchmarks")
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (scripts, os.environ.get("PYTHONPATH"))))}
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [*self._words, "--port-file", str(self._port_file)], env=environment, stdout=log, stderr=log
-            )
+            words = [*self._words, "--port-file", str(self._port_file)]
+            # In a session of its own, so that all of its processes can be stopped.
+            self._process = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def wait(self) -> None:
         """Returns when the server is ready. Raises ServerFailed, with the end of its log."""
@@ -96,19 +111,26 @@ class ServerProcess:
             if self._process.poll() is not None or time.monotonic() > end:
                 raise ServerFailed(f"{self.name} did not start: {self.log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.005)
-        self.target = f"127.0.0.1:{self._port_file.read_text().strip()}"
+        scheme = "http://" if self.name in _OVER_HTTP else ""
+        self.target = f"{scheme}127.0.0.1:{self._port_file.read_text().strip()}"
+
+    @property
+    def cpu_seconds(self) -> float:
+        """The processor time of all its processes, those that have ended left out."""
+        own = psutil.Process(self.pid)
+        return float(sum(sum(process.cpu_times()[:2]) for process in (own, *own.children(recursive=True))))
 
     def pause(self) -> None:
-        """Stops it (SIGSTOP)."""
-        self._signal(signal.SIGSTOP)
+        """Stops all its processes (SIGSTOP)."""
+        self._signal(signal.SIGSTOP, os.killpg)
 
     def resume(self) -> None:
-        """Continues it (SIGCONT)."""
-        self._signal(signal.SIGCONT)
+        """Continues all its processes (SIGCONT)."""
+        self._signal(signal.SIGCONT, os.killpg)
 
     def stop(self) -> None:
-        """Sends SIGTERM, and continues it if it was paused."""
-        self._signal(signal.SIGTERM)
+        """Sends SIGTERM to its first process, and continues them if they were paused."""
+        self._signal(signal.SIGTERM, os.kill)
         self.resume()
 
     def join(self) -> None:
@@ -120,11 +142,13 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        with contextlib.suppress(ProcessLookupError):  # no process is left
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process = None
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _signal(self, number: signal.Signals, send: Callable[[int, int], None]) -> None:
         if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
+            send(self._process.pid, number)
 
 
 @contextlib.contextmanager

@@ -166,6 +166,7 @@ WORKLOADS = {
         Workload("open80", "Poisson arrivals, 0.8 x the capacity of lock", draw_mixed, load=0.8),
         Workload("open120", "Poisson arrivals, 1.2 x the capacity of lock", draw_mixed, load=1.2),
         Workload("uniform", "8 clients, all the default settings", draw_uniform, concurrency=8, share=0.7),
+        Workload("crowd", "16 clients, all the default settings", draw_uniform, concurrency=16, share=0.7),
         Workload("alone", "1 client, the default transform", draw_repeated, concurrency=1, share=0.4),
     )
 }

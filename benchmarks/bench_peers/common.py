@@ -80,19 +80,21 @@ class Device:
 
     async def start(self) -> None:
         """Loads the pipeline and warms it up with an image."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._start)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.load)
 
     async def make(self, batch: Sequence[Arguments]) -> list[Image.Image]:
         """Makes one pipeline call for requests that differ only in prompts, images and seeds."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._make, batch)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.make_now, batch)
 
-    def _start(self) -> None:
+    def load(self) -> None:
+        """As `start`, on the calling thread, which then calls `make_now`."""
         self._pipeline = self._load()
         self._pipeline.set_progress_bar_config(disable=True)
         for guidance_scale in (7.5, 1.0):
-            self._make([Arguments(DEFAULT_PROMPT, None, Image.new("RGB", (64, 64)), 1.0, 2, guidance_scale, 0)])
+            self.make_now([Arguments(DEFAULT_PROMPT, None, Image.new("RGB", (64, 64)), 1.0, 2, guidance_scale, 0)])
 
-    def _make(self, batch: Sequence[Arguments]) -> list[Image.Image]:
+    def make_now(self, batch: Sequence[Arguments]) -> list[Image.Image]:
+        """As `make`, on the calling thread."""
         import torch
 
         first = batch[0]
