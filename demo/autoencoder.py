@@ -27,6 +27,11 @@ class AutoencoderRecipe:
     Crops have several sizes, because the single norm group takes its statistics from all of a crop: with crops of 64 pixels alone
     the error of images of 256 pixels was 5 dB larger, nearly all of it in flat areas.
 
+    The latents are means: their spread is kept from growing, noise of a fixed size is added, and three losses make them easy for
+    a denoiser. All channels share what the image needs, a decoder forgives small errors, and neighbors are alike. (With a
+    Kullback-Leibler divergence instead, 8 of 16 channels were noise, and neighbors correlated by 0.5 to 0.7 in the others. A UNet
+    learned nothing else in 2,500 steps.)
+
     The rates are Muon's for inner convolutions and AdamW's for the rest. They rise over the first 40 steps, stay, and fall
     linearly over the last `falling_share` of the steps to a hundredth.
     """
@@ -37,16 +42,20 @@ class AutoencoderRecipe:
     adamw_rate: float = 2e-3
     falling_share: float = 0.6
     edge_weight: float = 0.5
-    divergence_weight: float = 0.003
-    """Of the Kullback-Leibler divergence, in nats per pixel."""
+    latent_noise: float = 0.3
+    """Each image's latents get noise of a standard deviation from 0 to this."""
+    scale_weight: float = 0.5
+    """Of the loss of images decoded from smaller latents, against the smaller images."""
+    roughness_weight: float = 0.06
+    spread_weight: float = 1.0
     seed: int = 4
 
 
 def build_autoencoder() -> AutoencoderKL:
     """An untrained autoencoder of factor 8 without attention.
 
-    It has one norm group, because groups of two or three channels normalize the color of flat areas away. The posterior starts
-    narrow, so that the first steps are not spent on its noise.
+    It has one norm group, because groups of two or three channels normalize the color of flat areas away. The posterior is
+    narrow everywhere: sampling it adds noise with a standard deviation of 0.02.
     """
     vae = AutoencoderKL(
         block_out_channels=(24, 48, 96, 128),
@@ -60,7 +69,8 @@ def build_autoencoder() -> AutoencoderKL:
         force_upcast=False,
     )
     with torch.no_grad():
-        vae.quant_conv.bias[LATENT_CHANNELS:] -= 5
+        vae.quant_conv.weight[LATENT_CHANNELS:] = 0
+        vae.quant_conv.bias[LATENT_CHANNELS:] = -8
     return vae
 
 
@@ -88,14 +98,37 @@ def _draw_batch(pixels: Pixels, recipe: AutoencoderRecipe, step: int) -> Tensor:
     return (batch.flip(3) if random.random() < 0.5 else batch).contiguous(memory_format=torch.channels_last)
 
 
+def roughness(latents: Tensor) -> Tensor:
+    """Mean square of the differences between neighbors over the variance, mean of all channels: 0 if flat, 2 if noise."""
+    steps = latents.diff(dim=3).square().mean(dim=(0, 2, 3)) + latents.diff(dim=2).square().mean(dim=(0, 2, 3))
+    ratio: Tensor = (steps / 2 / (latents.var(dim=(0, 2, 3)) + 1e-3)).mean()
+    return ratio
+
+
+def _excess(latents: Tensor) -> Tensor:
+    """By how much channels spread more than 1, and how far their means are from 0."""
+    spread = (latents.square().mean(dim=(0, 2, 3)) - 1).clamp(min=0).mean()
+    excess: Tensor = spread + 0.1 * latents.mean(dim=(0, 2, 3)).square().mean()
+    return excess
+
+
+def _shrink(images: Tensor, size: int) -> Tensor:
+    return functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+
+
 def _loss(vae: AutoencoderKL, batch: Tensor, recipe: AutoencoderRecipe) -> Tensor:
+    def difference_loss(latents: Tensor, images: Tensor) -> Tensor:
+        difference = vae.decode(latents + noise * torch.randn_like(latents)).sample.float() - images
+        loss: Tensor = difference.abs().mean() + recipe.edge_weight * edge_loss(difference)
+        return loss
+
+    noise = recipe.latent_noise * torch.rand(len(batch), 1, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        posterior = vae.encode(batch).latent_dist
-        output = vae.decode(posterior.sample()).sample
-    difference = output.float() - batch
-    divergence = posterior.kl().float().mean() / (batch.shape[2] * batch.shape[3])
-    loss: Tensor = difference.abs().mean() + recipe.edge_weight * edge_loss(difference) + recipe.divergence_weight * divergence
-    return loss
+        latents = vae.encode(batch).latent_dist.mean.float()
+        smaller = int(torch.randint(max(2, latents.shape[3] // 4), latents.shape[3], ()))
+        loss = difference_loss(latents, batch)
+        loss = loss + recipe.scale_weight * difference_loss(_shrink(latents, smaller), _shrink(batch, 8 * smaller))
+    return loss + recipe.roughness_weight * roughness(latents) + recipe.spread_weight * _excess(latents)
 
 
 def train_autoencoder(pixels: Pixels, unseen: Pixels, recipe: AutoencoderRecipe, work: Path) -> AutoencoderKL:

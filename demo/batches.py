@@ -77,7 +77,7 @@ class Mixture:
     For pairs, denoising starts at a step from `earliest_start` to `latest_start`, or at the sample's own step if later.
     """
 
-    batch: int = 16
+    batch: int = 32
     empty_share: float = 0.12
     pair_share: float = 0.8
     other_source_share: float = 0.25

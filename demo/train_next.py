@@ -77,10 +77,15 @@ def _autoencoder_stage(pixels: Pixels, recipe: DemoRecipe, work: Path) -> Autoen
 
 
 def _latents(vae: AutoencoderKL, posters: PosterSet) -> Tensor:
-    """The latents of all posters in half precision, with progress."""
+    """The latents of all posters in half precision, with progress.
+
+    Encoding in bfloat16 changes them by a hundredth of their spread.
+    """
+    vae.to(memory_format=torch.channels_last)
     started, parts = time.monotonic(), []
     for start in range(0, len(posters.pixels), 200):
-        parts.append(encode(vae, posters.pixels[start : start + 200]).half())
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(encode(vae, posters.pixels[start : start + 200]).half())
         print(f"latents {start + len(parts[-1])}/{len(posters.pixels)} {time.monotonic() - started:.0f} s", flush=True)
     return torch.cat(parts)
 

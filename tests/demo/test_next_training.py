@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from autoencoder import AutoencoderRecipe, build_autoencoder, encode, even_out, reconstruct, train_autoencoder
+from autoencoder import AutoencoderRecipe, build_autoencoder, encode, even_out, reconstruct, roughness, train_autoencoder
 from batches import CaptionTable, LatentSet, Mixture, draw_batch
 from denoiser import DenoiserRecipe, Phase, build_scheduler
 from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline, StableDiffusionImg2ImgPipeline
@@ -20,7 +20,7 @@ RECIPE = AutoencoderRecipe(steps=3, crops=((32, 1, 1.0),))
 
 
 def test_muon_moves_a_matrix_by_an_orthogonal_one() -> None:
-    for shape in ((8, 4, 3, 3), (40, 6)):
+    for shape in ((8, 4, 3, 3), (40, 6), (12, 20)):
         weight = nn.Parameter(torch.zeros(shape))
         weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         Muon([weight], lr=1.0).step()
@@ -46,6 +46,14 @@ def test_evened_latents_have_unit_spread_and_the_same_reconstructions() -> None:
     assert torch.allclose(latents.std(dim=(0, 2, 3)), torch.ones(16), atol=1e-4)
     assert torch.allclose(reconstruct(vae, pixels), before, atol=1e-4)
     assert vae.config.scaling_factor == 1
+
+
+def test_roughness_is_0_of_gentle_slopes_and_2_of_noise() -> None:
+    slope = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    assert float(roughness(slope)) == pytest.approx(0, abs=2e-3)
+    assert float(roughness(noise)) == pytest.approx(2, abs=0.1)
+    assert float(roughness(7 * noise)) == pytest.approx(2, abs=0.1)
 
 
 def test_resumed_training_gives_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
