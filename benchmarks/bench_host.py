@@ -171,7 +171,7 @@ class _Bench:
 
         def open_graph(graph: Path, options: SessionOptions) -> Any:
             session = open_session(graph, options)
-            return _Session(session, self.device) if graph.parent.name.startswith("unet") else session
+            return _Session(session, self.device) if graph.parent.name.startswith(("unet", "transformer")) else session
 
         def observe(span: Span) -> None:
             if span.stage == "denoise":

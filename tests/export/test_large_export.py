@@ -30,6 +30,7 @@ print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 """
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.nightly  # needs 4 GB of disk and a quarter of an hour; tests/export/test_external_weights.py always runs
 def test_peak_memory_is_about_that_of_the_largest_component(tmp_path: Path) -> None:
     """Including mapped files. One image in one step is compared, without which most of the time would pass."""
