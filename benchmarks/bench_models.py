@@ -142,7 +142,7 @@ def _klein() -> Any:
 
 
 def _sd3_large() -> Any:
-    """Stable Diffusion 3's kind with 306 M parameters of transformer, without T5, for small images."""
+    """Stable Diffusion 3's kind with 294 M parameters of transformer, without T5, for small images."""
     shape = {"num_layers": 8, "attention_head_dim": 64, "num_attention_heads": 16, "caption_projection_dim": 1024}
     return _with_transformer("sd3-no-t5", shape)
 

@@ -1,4 +1,4 @@
-"""Peak memory of an export whose largest component is much larger than the libraries: a transformer of 306 M parameters."""
+"""Peak memory of an export whose largest component is much larger than the libraries: a transformer of 294 M parameters."""
 
 import json
 import subprocess
@@ -42,6 +42,6 @@ def test_peak_memory_is_about_that_of_the_largest_component(tmp_path: Path) -> N
     manifest = read_manifest(tmp_path / "bundle")
     transformer = next(part for part in manifest.components if part.name == "transformer")
     assert manifest.backend == "onnx"
-    assert transformer.bytes > 4 * 300e6
+    assert transformer.bytes > 4 * 290e6
     print(f"{transformer.bytes / 1e9:.2f} GB of weights, peak {peak / 1e9:.2f} GB resident")
     assert peak < 2.2 * transformer.bytes + _LIBRARIES
