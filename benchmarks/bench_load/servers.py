@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -86,6 +86,7 @@ class ServerProcess:
         self._words = words
         self._port_file = folder / f"{name}.port"
         self._process: subprocess.Popen[bytes] | None = None
+        self._started: list[psutil.Process] = []  # its processes when it was stopped
 
     @property
     def pid(self) -> int:
@@ -100,8 +101,7 @@ class ServerProcess:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (scripts, os.environ.get("PYTHONPATH"))))}
         with self.log.open("wb") as log:
             words = [*self._words, "--port-file", str(self._port_file)]
-            # In a session of its own, so that all of its processes can be stopped.
-            self._process = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
 
     def wait(self) -> None:
         """Returns when the server is ready. Raises ServerFailed, with the end of its log."""
@@ -117,20 +117,29 @@ class ServerProcess:
     @property
     def cpu_seconds(self) -> float:
         """The processor time of all its processes, those that have ended left out."""
+        return float(sum(sum(process.cpu_times()[:2]) for process in self._family()))
+
+    def _family(self) -> list[psutil.Process]:
+        """Its process and all that it started, in whatever session."""
         own = psutil.Process(self.pid)
-        return float(sum(sum(process.cpu_times()[:2]) for process in (own, *own.children(recursive=True))))
+        return [own, *own.children(recursive=True)]
 
     def pause(self) -> None:
         """Stops all its processes (SIGSTOP)."""
-        self._signal(signal.SIGSTOP, os.killpg)
+        for process in self._family():
+            process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Continues all its processes (SIGCONT)."""
-        self._signal(signal.SIGCONT, os.killpg)
+        """Continues all its processes (SIGCONT). Does nothing if it has ended."""
+        if self._runs():
+            for process in self._family():
+                process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """Sends SIGTERM to its first process, and continues them if they were paused."""
-        self._signal(signal.SIGTERM, os.kill)
+        if self._runs():
+            self._started = self._family()
+            os.kill(self.pid, signal.SIGTERM)
         self.resume()
 
     def join(self) -> None:
@@ -142,13 +151,13 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        with contextlib.suppress(ProcessLookupError):  # no process is left
-            os.killpg(self._process.pid, signal.SIGKILL)
+        for process in self._started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self._process = None
 
-    def _signal(self, number: signal.Signals, send: Callable[[int, int], None]) -> None:
-        if self._process is not None and self._process.poll() is None:
-            send(self._process.pid, number)
+    def _runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
 
 @contextlib.contextmanager

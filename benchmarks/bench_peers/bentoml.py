@@ -1,6 +1,7 @@
 """Peer (e): BentoML around diffusers' pipeline, with adaptive batching."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def _main() -> None:
     port = free_port()
     announce_later("/readyz", port, arguments.port_file)
     words = ["-m", "bentoml", "serve", "bench_peers.bentoml:Service", "--host", "127.0.0.1", "--port", str(port), "--quiet"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the block below ends the server's processes
     process = subprocess.Popen([sys.executable, *words], env=child_environment(arguments.model))
     try:
         process.wait()
