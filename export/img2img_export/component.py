@@ -420,8 +420,12 @@ def part_of(name: str, module: Any, calls: Calls) -> Part:
 
 
 def _example(part: Part, module: Any, calls: Calls) -> Tensors:
-    """Inputs to trace with: two rows, and a small size if the part takes any size."""
-    call = calls.two_sizes()[0]
+    """Inputs to trace with: two rows, and a small size if the part takes any size.
+
+    For a transformer it is the smaller of the sizes that are compared: a number of tokens that tracing freezes can serve fewer.
+    """
+    sizes = calls.two_sizes()
+    call = sizes[0] if part.name == "unet" else min(sizes, key=lambda call: next(iter(call.values()))[0].numel())
     rows = len(next(iter(call.values())))
     example = {
         name: torch.cat([value, value])[:2] if value.ndim and len(value) == rows else value for name, value in call.items()

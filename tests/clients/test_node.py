@@ -7,7 +7,7 @@ from pathlib import Path
 from fakes import FakePipeline
 from img2img_server.bundle.controls import FAMILY
 from img2img_server.models.registry import Model, ModelRegistry
-from img2img_server.support.model_fields import FieldRule
+from img2img_server.support.model_fields import CONTROLNETS, FieldRule
 from other_clients import IMAGE, PATIENCE, STEPS, HeldPipeline, Run, Secured, failed, holding, started, succeeded
 from PIL import Image, ImageChops
 from running import RunningServer, manifest, running, store
@@ -105,7 +105,7 @@ client.close();
 
 def test_controls_of_a_request(node: Path) -> None:
     pipeline = FakePipeline()
-    pipeline.fields = {"controls": FieldRule()}
+    pipeline.fields = dict(CONTROLNETS)
     edges = Model("edges", replace(manifest("acme/edges"), family=FAMILY), FakePipeline())
     with (
         running(lambda: ModelRegistry([Model("m", manifest("acme/m"), pipeline), edges])) as server,

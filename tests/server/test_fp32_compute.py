@@ -95,6 +95,7 @@ def test_hybrids_modules_keep_their_stored_precision_unless_compiled(
     path = bundle("klein:fp16:int4")
     pipeline: Any = loader.load_pipeline(path, read_manifest(path), Execution("cpu", compile=compiles))
     pipe = pipeline._pipe
-    kinds = {value.dtype for part in (pipe.text_encoder, pipe.vae) for value in part.parameters()}
+    values = (value for part in (pipe.text_encoder, pipe.vae) for value in part.parameters())
+    kinds = {value.dtype for value in values if value.is_floating_point()}  # int4 is stored in integers
     assert kinds == {torch.float32 if compiles else torch.float16}
     assert pipe.text_encoder.dtype == pipe.vae.dtype == torch.float32

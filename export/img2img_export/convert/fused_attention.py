@@ -73,7 +73,8 @@ def _attend(
     joined: Any = _MultiHeadAttention.apply(  # type: ignore[no-untyped-call]
         *parts, attn_mask, heads, 1 / math.sqrt(width) if scale is None else scale
     )
-    states: torch.Tensor = joined.unflatten(-1, (heads, width)).transpose(1, 2)
+    # The tracer knows the operator's result only by its size in the example, and freezes what is computed from that.
+    states: torch.Tensor = joined.view(query.shape[0], query.shape[2], heads, width).transpose(1, 2)
     return states
 
 
@@ -85,13 +86,14 @@ def fusing() -> Iterator[None]:
 
 
 def declare_types(model: ModelProto, dtype: torch.dtype) -> None:
-    """Declares the type of the operators' results, which onnx cannot infer."""
+    """Declares the type of the operators' results, which onnx cannot infer, and not the example's shape, which torch declares."""
     if not any(item.domain == DOMAIN for item in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    known = {value.name for value in model.graph.value_info}
-    for node in model.graph.node:
-        if node.domain == DOMAIN and node.output[0] not in known:
-            model.graph.value_info.append(helper.make_tensor_value_info(node.output[0], TORCH_TYPES[dtype], None))
+    results = [node.output[0] for node in model.graph.node if node.domain == DOMAIN]
+    others = [value for value in model.graph.value_info if value.name not in results]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(others)
+    model.graph.value_info.extend(helper.make_tensor_value_info(name, TORCH_TYPES[dtype], None) for name in results)
 
 
 def write_beside(graph: ExternalWeightsGraph, folder: Path, name: str = NAME) -> None:
