@@ -54,10 +54,10 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]],
             if label == "unet":
                 change(folder.parent)
 
-        def save_wrong(*arguments: Any) -> Any:
-            saved = save(*arguments)
+        def save_wrong(pipeline: Any, graphs: tuple[str, ...], precision: str, bundle: Path, *more: Any) -> Any:
+            saved = save(pipeline, graphs, precision, bundle, *more)
             with contextlib.suppress(FileNotFoundError):
-                change(arguments[-1])
+                change(bundle)
             return saved
 
         monkeypatch.setattr(ExternalWeightsGraph, "write", write_wrong)
