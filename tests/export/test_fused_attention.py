@@ -4,7 +4,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from img2img_export import component
 from img2img_export.build import export_model
@@ -36,6 +38,21 @@ def test_attention_is_one_operator_and_weights_are_shared(name: str, bundle: Cal
     weights = {item.name: item.SerializeToString() for item in plain.graph.initializer}
     assert {item.name: item.SerializeToString() for item in fused.graph.initializer}.items() <= weights.items()
     assert [path.name for path in folder.glob("*data")] == ["model.onnx_data"]
+
+
+def test_any_number_of_tokens_is_taken(bundle: Callable[[str], Path]) -> None:
+    """The tracer knows the operator's result only by its size in the example."""
+    (transformer,) = [part for part in read_manifest(bundle("flux-dev")).components if part.name == "transformer"]
+    random = np.random.default_rng(1)
+    sizes: dict[int | str, int] = {"batch_size": 1, "step": 1, "packed_height_width": 700, "sequence_length": 90}
+    inputs = {
+        item.name: random.standard_normal([sizes.get(size, size) for size in item.shape], np.float32)
+        for item in transformer.inputs
+    }
+    folder = bundle("flux-dev") / "transformer"
+    sessions = [onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"]) for file in ("model.onnx", NAME)]
+    plain, fused = (session.run(None, inputs)[0] for session in sessions)
+    np.testing.assert_allclose(fused, plain, atol=1e-4)
 
 
 def test_transformer_without_fused_attention_has_a_reason(
