@@ -406,15 +406,15 @@ async def test_control_images_have_a_controlnet_and_numbers_and_are_kept_with_th
     await page.keyboard.press("ArrowDown")
     await page.keyboard.press("Enter")
     await expect(page.get_by_role("option")).to_have_count(0)
-    await rows.last.get_by_role("slider", name="Scale").locator("[tabindex]").press("ArrowRight")
-    await expect(rows.last.get_by_role("spinbutton", name="Scale")).to_have_value("1.05")
+    await rows.first.get_by_role("slider", name="Scale").locator("[tabindex]").press("ArrowRight")
+    await expect(rows.first.get_by_role("spinbutton", name="Scale")).to_have_value("1.05")
     for name, number in (("Scale", "1.5"), ("Start", "0.25"), ("End", "0.75")):
         await rows.last.get_by_role("spinbutton", name=name, exact=True).fill(number)
     stand.pipeline.forget()
     await visitor.transform()
     (state,) = stand.pipeline.released
     found = [(use.model, use.scale, use.start, use.end) for use in state.request.controls]
-    assert found == [("depth", 1.0, 0.0, 1.0), (CHOSEN, 1.5, 0.25, 0.75)]
+    assert found == [("depth", 1.05, 0.0, 1.0), (CHOSEN, 1.5, 0.25, 0.75)]
     await rows.last.get_by_role("spinbutton", name="Start", exact=True).fill("1")
     await visitor.button("Transform").click()
     await visitor.see("controls[1].start: 1 is not in 0 to 1, below 1")
@@ -429,7 +429,7 @@ async def test_control_images_have_a_controlnet_and_numbers_and_are_kept_with_th
     await expect(rows.last.get_by_role("spinbutton", name="Start", exact=True)).to_have_value("0.25")
     await expect(rows.last.get_by_role("combobox", name="ControlNet")).to_have_value(CHOSEN)
     await visitor.button("Python program").click()
-    words = f'controls=[Control("depth", "noon-lake.png", scale=1.0, start=0.0, end=1.0), Control("{CHOSEN}", '
+    words = f'controls=[Control("depth", "noon-lake.png", scale=1.05, start=0.0, end=1.0), Control("{CHOSEN}", '
     await expect(page.locator(".code-words")).to_contain_text(words)
 
 
