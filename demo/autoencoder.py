@@ -27,10 +27,10 @@ class AutoencoderRecipe:
     Crops have several sizes, because the single norm group takes its statistics from all of a crop: with crops of 64 pixels alone
     the error of images of 256 pixels was 5 dB larger, nearly all of it in flat areas.
 
-    The latents are means: their spread is kept from growing, noise of a fixed size is added, and three losses make them easy for
-    a denoiser. All channels share what the image needs, a decoder forgives small errors, and neighbors are alike. (With a
-    Kullback-Leibler divergence instead, 8 of 16 channels were noise, and neighbors correlated by 0.5 to 0.7 in the others. A UNet
-    learned nothing else in 2,500 steps.)
+    Latents are the posterior's means, made easy to denoise. A loss bounds their spread, and noise is added to them, so that all
+    channels carry information and the decoder tolerates small errors. Two losses make neighbors alike: smaller latents must
+    decode to the smaller image, and differences of neighbors are penalized. (With a Kullback-Leibler divergence instead, 8 of 16
+    channels were noise, and neighbors correlated by 0.5 to 0.7 in the others; after 2,500 steps a UNet's results were noise.)
 
     The rates are Muon's for inner convolutions and AdamW's for the rest. They rise over the first 40 steps, stay, and fall
     linearly over the last `falling_share` of the steps to a hundredth.

@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--folder",
         type=Path,
-        help="directory that keeps models and bundles; a later run reuses those that are up to date",
+        help="directory for the models and bundles; a later run does not make models again that are up to date",
     )
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.models) - set(models)):

@@ -14,7 +14,7 @@ _BUNDLES = Path(".bench/bundles")
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A model of `bench_models`, and what its requests can have. `servers` are those that can serve it."""
+    """A model of `bench_models`, the fields that it takes, and the names of the servers that can run it."""
 
     model: str
     servers: tuple[str, ...] = ("ours", "lock", "batching")

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -44,14 +44,8 @@ def command(name: str, bundle: Path = BUNDLE, model: Path = MODEL, in_pytorch: b
     if name == "ours":
         return [sys.executable, "-m", "img2img_cli", "serve", "--models", str(bundle), "--port", "0"]
     if in_pytorch:
-        words = ["pytorch"] if name == "lock" else [name, "--in-pytorch"]
-        return [
-            sys.executable,
-            "-m",
-            *(f"bench_peers.{word}" if word == words[0] else word for word in words),
-            "--model",
-            str(model),
-        ]
+        module, *flags = ("pytorch",) if name == "lock" else (name, "--in-pytorch")
+        return [sys.executable, "-m", f"bench_peers.{module}", *flags, "--model", str(model)]
     python = optimum_python() if name in _WITH_OPTIMUM else _peers_python() if name in _OVER_HTTP else sys.executable
     return [python, "-m", f"bench_peers.{name}", "--model", str(bundle if name in _WITH_OPTIMUM else model)]
 
@@ -116,7 +110,7 @@ class ServerProcess:
 
     @property
     def cpu_seconds(self) -> float:
-        """The processor time of all its processes, those that have ended left out."""
+        """The processor time of all its running processes."""
         return float(sum(sum(process.cpu_times()[:2]) for process in self._family()))
 
     def _family(self) -> list[psutil.Process]:
@@ -158,6 +152,19 @@ class ServerProcess:
 
     def _runs(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+
+@contextlib.contextmanager
+def started(commands: Mapping[str, Sequence[str]], folder: Path) -> Iterator[dict[str, ServerProcess]]:
+    """Starts servers side by side, with their logs in `folder`, and gives them by name when all are ready. Ends them after the
+    block."""
+    servers = {name: ServerProcess(name, words, folder) for name, words in commands.items()}
+    with ending(servers.values()):
+        for server in servers.values():
+            server.spawn()
+        for server in servers.values():
+            server.wait()
+        yield servers
 
 
 @contextlib.contextmanager

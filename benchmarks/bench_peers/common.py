@@ -199,13 +199,14 @@ def load_optimum(model: Path) -> Any:
     return ORTPipelineForImage2Image.from_pretrained(str(model), export=False)
 
 
-def load_pytorch(model: Path) -> Any:
-    """diffusers' image-to-image pipeline in fp32, on all cores."""
+def load_pytorch(model: Path, in_bfloat16: bool = False) -> Any:
+    """diffusers' image-to-image pipeline in PyTorch on all cores, in float32 or in bfloat16."""
     import torch
     from diffusers import AutoPipelineForImage2Image
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    return AutoPipelineForImage2Image.from_pretrained(str(model), torch_dtype=torch.float32)
+    dtype = torch.bfloat16 if in_bfloat16 else torch.float32
+    return AutoPipelineForImage2Image.from_pretrained(str(model), torch_dtype=dtype)
 
 
 async def serve(device: Device, runner: Runner, engine: str, port_file: Path) -> None:
@@ -223,8 +224,13 @@ async def serve_until_stopped(service: ImageToImageServiceServicer, port_file: P
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    write_port(port, port_file)
+    await stop.wait()
+    await server.stop(1)
+
+
+def write_port(port: int, port_file: Path) -> None:
+    """Writes the port to `port_file`, which never exists in part."""
     partial = port_file.with_suffix(".partial")
     partial.write_text(f"{port}\n")
     partial.replace(port_file)
-    await stop.wait()
-    await server.stop(1)

@@ -14,12 +14,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from img2img.v1.image_to_image_pb2 import TransformRequest
 
 from bench_peers.batching import settings
-from bench_peers.common import Arguments, Device, encode, read
+from bench_peers.common import Arguments, Device, encode, load_pytorch, read, write_port
 
 MAX_BATCH = 16
 """The maximum requests of a batch."""
@@ -27,22 +26,17 @@ PATIENCE = 0.05
 """Seconds to wait for a batch: LitServe's documentation has this value."""
 
 
-def load_diffusers(model: Path) -> Any:
-    """diffusers' pipeline in PyTorch on all cores: in bfloat16 if the CPU has instructions for it, else in float32."""
-    import torch
-    from diffusers import AutoPipelineForImage2Image
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+def _has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16."""
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    fast = any(name in flags for name in ("avx512_bf16", "amx_bf16"))
-    return AutoPipelineForImage2Image.from_pretrained(str(model), torch_dtype=torch.bfloat16 if fast else torch.float32)
+    return any(name in flags for name in ("avx512_bf16", "amx_bf16"))
 
 
 class BatchPipeline:
     """A warm pipeline that makes the images of a batch: in one call for each of the settings among its requests."""
 
     def __init__(self, model: Path) -> None:
-        self._device = Device(lambda: load_diffusers(model))
+        self._device = Device(lambda: load_pytorch(model, _has_bfloat16()))
         self._device.load()
 
     def make(self, messages: Sequence[str]) -> list[str]:
@@ -81,9 +75,7 @@ def _announce(address: str, port: int, port_file: Path) -> None:
                 break
         except (urllib.error.URLError, OSError):
             time.sleep(0.05)
-    partial = port_file.with_suffix(".partial")
-    partial.write_text(f"{port}\n")
-    partial.replace(port_file)
+    write_port(port, port_file)
 
 
 def child_environment(model: Path) -> dict[str, str]:

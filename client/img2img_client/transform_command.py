@@ -134,8 +134,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         dest="controls",
         help="image for a ControlNet of the server, such as edges or a pose, as a file or an address; scale is the factor of its "
         "effect, start and end the fractions of the steps between which it applies, control_mode the kind of the image for a "
-        "union (repeatable); `img2img models --controlnets` lists those that fit; without MODEL, for models that read such an "
-        "image by themselves",
+        "union (repeatable); `img2img models --controlnets` lists the ControlNets that fit each model; leave MODEL out if the "
+        "model needs a control image but no ControlNet, as Flux Depth does",
     )
     bound = group.add_mutually_exclusive_group()
     bound.add_argument(

@@ -128,7 +128,7 @@ def control_numbers(model: "ModelInfo | None") -> tuple[str, ...]:
 
 
 def offered_controlnets(model: "ModelInfo | None", known: Sequence[str]) -> tuple[str, ...]:
-    """The ControlNets to offer for the model, of those that the server has."""
+    """The ControlNets to offer for the model. `known` are the ids of all ControlNets of the server."""
     if model is None or not names_controlnets(model):
         return ()
     if model.field("controls.model") is None:  # of a server that does not say which fit

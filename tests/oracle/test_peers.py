@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from bench_load.images import largest_difference
 from bench_load.sending import Record, connected
-from bench_load.servers import ServerProcess, command, ending
+from bench_load.servers import ServerProcess, command, started
 from bench_load.workloads import Job, Source
 
 PEERS = ("lock", "batching", "pytorch")
@@ -21,13 +21,8 @@ def peers(
 ) -> Iterator[dict[str, ServerProcess]]:
     folder = tmp_path_factory.mktemp("peers")
     model, exported = tiny_model("sd1"), bundle("sd1")
-    started = {name: ServerProcess(name, command(name, exported, model), folder) for name in PEERS}
-    with ending(started.values()):
-        for server in started.values():
-            server.spawn()
-        for server in started.values():
-            server.wait()
-        yield started
+    with started({name: command(name, exported, model) for name in PEERS}, folder) as servers:
+        yield servers
 
 
 async def _ask(server: ServerProcess) -> tuple[list[bytes], list[Record]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from bench_load.sending import connected
-from bench_load.servers import ServerProcess, command, ending
+from bench_load.servers import ServerProcess, command, started
 from bench_load.workloads import Job, Source
 from PIL import Image, ImageChops, ImageStat
 
@@ -19,13 +19,8 @@ JOBS = [Job("a lake at sunset", Source(size=(64, 64)), 4, 0.8, 7.5, seed) for se
 @pytest.fixture(scope="module")
 def servers(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ServerProcess]]:
     folder, model = tmp_path_factory.mktemp("peers"), tiny_model("sd1")
-    started = {name: ServerProcess(name, command(name, model, model), folder) for name in ("pytorch", *PEERS)}
-    with ending(started.values()):
-        for server in started.values():
-            server.spawn()
-        for server in started.values():
-            server.wait()
-        yield started
+    with started({name: command(name, model, model) for name in ("pytorch", *PEERS)}, folder) as servers:
+        yield servers
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -397,8 +397,8 @@ class Control(_message.Message):
     """
     @_builtins.property
     def model(self) -> Global___ModelReference:
-        """The ControlNet: a bundle of the server of the family "controlnet", for models like the request's. The controlnets of GetModel
-        lists those that fit. Required, but refused by models that read a control image by themselves.
+        """The ControlNet: a bundle of the server, of the family "controlnet", that fits the request's model. The field controlnets of
+        GetModel has the ids of all that fit. Required for ControlNets. It must not be set if the model itself reads the control image.
         """
 
     @_builtins.property

@@ -13,7 +13,7 @@ ControlKind = tuple[tuple[str, Any], ...]
 """What a ControlNet and the models that it fits have in common: names and values. Empty if it is unknown, or there is nothing."""
 
 _FLUX = "Flux"
-_FLUX_PIXELS = 8
+FLUX_PIXELS = 8
 """Pixels of a latent of Flux on each side."""
 _FLUX_NUMBERS = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
 _UNET = "Stable Diffusion"
@@ -23,8 +23,13 @@ _UNET_NUMBERS = ("in_channels", "addition_embed_type", "projection_class_embeddi
 def kind_of_net(config: Mapping[str, Any]) -> ControlKind:
     """The kind of a ControlNet with this config.json. Raises KeyError, TypeError or ValueError if it is damaged."""
     if config.get("_class_name") == FLUX_CLASS:
-        return _flux(config, _FLUX_PIXELS)
-    return _unet(config, 2 ** (len(config["conditioning_embedding_out_channels"]) - 1))
+        return _flux(config, FLUX_PIXELS)
+    return _unet(config, pixels_of_latent(config))
+
+
+def pixels_of_latent(config: Mapping[str, Any]) -> int:
+    """The pixels of a latent on each side, by the config.json of a ControlNet for a UNet."""
+    return int(2 ** (len(config["conditioning_embedding_out_channels"]) - 1))
 
 
 def kind_of_model(config: Mapping[str, Any], pixels: int) -> ControlKind:

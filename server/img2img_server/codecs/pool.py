@@ -193,7 +193,7 @@ class Processes:
         await asyncio.gather(*(process.close() for process in self._all))
         self._all.clear()
 
-    async def _run(self, job: Job, pack: Pack, unpack: Unpack[_T], memory: ImageMemory | None, guard: "_Guard") -> _T:
+    async def _run(self, job: Job, pack: Pack, unpack: Unpack[_T], memory: ImageMemory | None, guard: _Guard) -> _T:
         process = self._idle_one() or await self._started()
         guard.begin(process)
         try:

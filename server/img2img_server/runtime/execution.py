@@ -97,9 +97,9 @@ class Execution:
     )
     offload: Offload = setting(
         "none",
-        "text-encoders: keep the weights of text encoders in host memory, for a GPU that cannot hold them beside the denoiser. "
-        "Text encoders that are graphs then run on the CPU; those that run in PyTorch are copied to the GPU layer by layer, each "
-        "time a new text is encoded",
+        "text-encoders: keep the weights of text encoders in host memory, for a GPU that cannot hold them and the denoiser. Text "
+        "encoders that were exported to ONNX then run on the CPU. Text encoders in PyTorch run on the GPU: their layers are "
+        "copied there one by one each time a new text is encoded",
         choices=("none", "text-encoders"),
     )
     compile: bool = setting(

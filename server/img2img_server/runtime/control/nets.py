@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from img2img_server.bundle.control_kinds import kind_of_net
+from img2img_server.bundle.control_kinds import FLUX_PIXELS, kind_of_net, pixels_of_latent
 from img2img_server.bundle.controls import FLUX_CLASS, IMAGE, MODE, SCALE, UNION_CLASS
 from img2img_server.engine.request import Plan, Request
 from img2img_server.errors import BundleError, ModelNotLoaded
@@ -23,9 +23,6 @@ Inputs = Mapping[str, torch.Tensor]
 
 _NATIVE_LATENTS, _TOKENS = 8, 77
 """Height and width in latents of the trial image, and tokens of its text."""
-
-_FLUX_SCALE = 8
-"""Pixels of a latent of Flux on each side."""
 
 
 @dataclass(slots=True, eq=False)
@@ -104,7 +101,7 @@ class ControlNet:
 
     def _sizes(self, config: Mapping[str, Any]) -> tuple[int, int]:
         """The number of pixels of a latent, and the number of which a side of an image is a multiple."""
-        scale = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+        scale = pixels_of_latent(config)
         return scale, scale * 2 ** (len(config["down_block_types"]) - 1)
 
     def plan(self, request: Request) -> Plan:
@@ -187,7 +184,7 @@ class FluxControlNet(ControlNet):
         return modes
 
     def _sizes(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        return _FLUX_SCALE, 2 * _FLUX_SCALE
+        return FLUX_PIXELS, 2 * FLUX_PIXELS
 
     def _trial_shapes(self, width: int, height: int) -> dict[str, tuple[int, ...]]:
         tokens = (height // self.size_multiple) * (width // self.size_multiple)

@@ -16,6 +16,7 @@ from img2img_server.runtime.control.controls import Control
 from img2img_server.runtime.control.nets import FluxControlNet
 from img2img_server.runtime.control.own import with_control
 from img2img_server.runtime.diffusion.conditioning import Embedding
+from img2img_server.runtime.diffusion.masking import draw_again
 from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3
 from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
 from img2img_server.runtime.schedulers.flow import FluxSchedulers
@@ -134,9 +135,8 @@ class FluxControl(Flux):
     ) -> tuple[tuple[Control, ...], Conditioning]:
         """Encodes the control image. Each image of the result draws its own latents of it."""
         (output,) = self._encoder.control_images(with_control(request), [0])
-        if request.mask is not None and hasattr(output, "latent_dist"):
-            for generator in generators:
-                torch.randn(output.latent_dist.mean.shape, generator=generator)  # of the masked source, which is not used
+        if request.mask is not None:
+            draw_again(generators, output)
         return (), {_CONTROL: self._packed(output, generators)}
 
     def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:

@@ -85,9 +85,9 @@ def replace_kept(latents: Sequence[torch.Tensor], blends: Sequence[Blend], kept:
     torch._foreach_add_(list(latents), list(kept))
 
 
-def draw_again(generators: Sequence[torch.Generator], image: Any, noise: torch.Tensor) -> None:
+def draw_again(generators: Sequence[torch.Generator], image: Any) -> None:
     """Draws what diffusers' inpainting pipelines draw for the latents of the masked source, even if the model does not use them:
-    noise that is drawn later depends on it."""
+    noise that is drawn later depends on it. `image` is the output of the VAE's encoder for an image of that size."""
     if hasattr(image, "latent_dist"):
         for generator in generators:
-            torch.randn((1, *noise.shape[1:]), generator=generator)
+            torch.randn(image.latent_dist.mean.shape, generator=generator)

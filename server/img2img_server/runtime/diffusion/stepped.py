@@ -336,7 +336,7 @@ class SteppedPipeline(ABC):
             if request.strength == 1:
                 latents = self._pure_noise(latents, self._layout(noise), cached_scheduler.scheduler)
             if self.encodes_masked_source:
-                draw_again(generators, image, noise)
+                draw_again(generators, image)
             redrawn = mask_latents(request.mask.image, original, self.mask_mode)
             blend = Blend.of(redrawn, original, noise, cached_scheduler.levels, self._layout)
         conditioning = self._conditioning(request, positive, negative) | self._more_conditioning(pipe, request, latents)
