@@ -190,18 +190,38 @@ def tiny_controlnet(shared: Path, tiny_model: Callable[[str], Path]) -> Callable
 @pytest.fixture(scope="session")
 def control_bundle(shared: Path, tiny_controlnet: Callable[[str], Path]) -> Callable[[str], Path]:
     """Gives the exported bundle of a tiny ControlNet by its name."""
+    return functools.cache(functools.partial(_companion_bundle, shared, "control-bundles", tiny_controlnet))
+
+
+@pytest.fixture(scope="session")
+def tiny_image_encoder(shared: Path) -> Callable[[str], Path]:
+    """Gives the directory of a tiny CLIP image encoder: "h", or "g", which is wider."""
 
     @functools.cache
-    def get(name: str) -> Path:
-        from img2img_export.build import export_model
-        from img2img_export.options import ExportOptions
-        from img2img_server.bundle.manifest import MANIFEST_NAME
-        from short_exports import brief
+    def get(letter: str) -> Path:
+        import tiny_image_encoders
 
-        def export(output: Path) -> None:
-            with brief():
-                export_model(ExportOptions(source=str(tiny_controlnet(name)), output=output))
-
-        return kept(shared, f"control-bundles/{name}", lambda path: (path / MANIFEST_NAME).is_file(), export)
+        build = functools.partial(tiny_image_encoders.build, letter=letter)
+        return kept(shared, f"image-encoders/{letter}", Path.is_dir, build)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def image_encoder_bundle(shared: Path, tiny_image_encoder: Callable[[str], Path]) -> Callable[[str], Path]:
+    """Gives the exported bundle of a tiny CLIP image encoder by its letter."""
+    return functools.cache(functools.partial(_companion_bundle, shared, "image-encoder-bundles", tiny_image_encoder))
+
+
+def _companion_bundle(shared: Path, folder: str, source: Callable[[str], Path], name: str) -> Path:
+    """The exported bundle of a companion: its `source` by `name`."""
+    from img2img_export.build import export_model
+    from img2img_export.options import ExportOptions
+    from img2img_server.bundle.manifest import MANIFEST_NAME
+    from short_exports import brief
+
+    def export(output: Path) -> None:
+        with brief():
+            export_model(ExportOptions(source=str(source(name)), output=output))
+
+    return kept(shared, f"{folder}/{name}", lambda path: (path / MANIFEST_NAME).is_file(), export)

@@ -17,7 +17,7 @@ from img2img_server.bundle.manifest import LIMITS, Component, ComponentParity, V
 from img2img_server.runtime.common.fp32_compute import computing_in_fp32
 
 from img2img_export.attempts import Attempt, Drawn, draw, verify
-from img2img_export.component import part_of, problems_of
+from img2img_export.component import part_of
 from img2img_export.convert import models
 from img2img_export.convert.external_weights import GRAPH_NAME
 from img2img_export.convert.graphs import describe_graph, quiet
@@ -28,7 +28,7 @@ from img2img_export.progress import Progress
 from img2img_export.read.checkpoint import DENOISERS, Layout, read_index
 from img2img_export.read.source import fill_tree, resolve
 from img2img_export.verify import images
-from img2img_export.verify.parity import compare, make_cases, open_graph
+from img2img_export.verify.parity import compare, make_cases, open_graph, problems_of
 
 _SAME_GRAPHS = "optimum's pipeline over the same graphs"
 

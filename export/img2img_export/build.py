@@ -91,8 +91,8 @@ def check_weight_format(options: ExportOptions, kind: str) -> None:
         return
     if options.precision == "int8":
         raise ExportError("--weight-format is for weights of graphs that compute in fp32, fp16 or bf16, not --precision int8")
-    if kind in ("onnx", "controlnet"):
-        what = "a ControlNet" if kind == "controlnet" else "a directory of graphs"
+    if kind in ("onnx", "companion"):
+        what = "a single component" if kind == "companion" else "a directory of graphs"
         raise ExportError(f"--weight-format applies to transformers and text encoders, and {options.source} is {what}")
 
 
@@ -151,10 +151,10 @@ def _build(checkpoint: Checkpoint, options: ExportOptions, staging: Staging, dig
         from img2img_export import adoption
 
         attempt = adoption.adopt(staging.source, layout, options, staging.bundle, progress)
-    elif checkpoint.kind == "controlnet":
-        from img2img_export import controlnet
+    elif checkpoint.kind == "companion":
+        from img2img_export import companion
 
-        attempt = controlnet.make(staging.source, layout, options, staging.bundle, progress)
+        attempt = companion.make(staging.source, layout, options, staging.bundle, progress)
     else:
         attempt = attempts.make(staging.source, layout, options, staging.bundle, progress)
     _tidy(staging.bundle)

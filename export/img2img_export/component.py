@@ -13,15 +13,14 @@ import ctypes
 import dataclasses
 import functools
 import gc
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from img2img_server.bundle import controls, image_encoders
 from img2img_server.bundle.adapters import LORA_NAME, AdaptedLayer
-from img2img_server.bundle.controls import CONTROL_LORA_NAME, CONTROL_NAME, FAMILY
 from img2img_server.bundle.manifest import (
     AccuracyLimits,
     Component,
@@ -51,9 +50,9 @@ from img2img_export.errors import FAILURES, ExportError, first_line
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.read.checkpoint import DENOISERS
-from img2img_export.verify import control_cases, lora_cases, token_cases
+from img2img_export.verify import control_cases, lora_cases, token_cases, vision_cases
 from img2img_export.verify.light_cases import light_cases
-from img2img_export.verify.parity import Case, compare, make_cases, open_fused, open_graph, takes_any_size
+from img2img_export.verify.parity import Case, compare, make_cases, open_fused, open_graph, problems_of, takes_any_size
 from img2img_export.verify.recorded_inputs import VAE, Calls
 
 
@@ -79,7 +78,7 @@ _UNCALIBRATED = AccuracyLimits(0.5, 5.0, 255, 0.0, 0.0)
 
 FUSED = "cuda"
 """Subfolder of a graph's folder for the same graph with ONNX Runtime's fused CUDA operators."""
-_FUSABLE = ("unet", "vae_encoder", "vae_decoder", FAMILY)
+_FUSABLE = ("unet", "vae_encoder", "vae_decoder", controls.FAMILY)
 """The graphs that can be fused, apart from ControlNets of Flux."""
 _TRANSFORMER = "transformer"
 """The graph with a second one whose attention is fused (fused_attention.py)."""
@@ -89,7 +88,7 @@ _CONTROLLED = ("unet", _TRANSFORMER)
 """The components with control graphs."""
 
 
-_FURTHER = {"lora": LORA_NAME, "control": CONTROL_NAME, "control_lora": CONTROL_LORA_NAME}
+_FURTHER = {"lora": LORA_NAME, "control": controls.CONTROL_NAME, "control_lora": controls.CONTROL_LORA_NAME}
 """The further graphs of a component that share its weights: the manifest's field, and the file's name."""
 
 
@@ -396,7 +395,9 @@ def described(name: str, module: Any, calls: Calls) -> tuple[Part, Tensors, list
 
     Raises ExportError if its inputs are not possible for a graph.
     """
-    if name == FAMILY:
+    if name == image_encoders.FAMILY:
+        return vision_cases.described(module)
+    if name == controls.FAMILY:
         return control_cases.described(module, *_SMALL["unet"][1])
     if calls.rows:
         part, kind = token_part(name, module)
@@ -485,15 +486,3 @@ def _save_config(module: Any, folder: Path, requested: Precision) -> None:
         # Optimum's pipelines read it, and would then access layers that only a torch module has.
         module.register_to_config(force_upcast=False)
     module.save_config(folder)
-
-
-def problems_of(parities: list[ComponentParity]) -> Iterator[str]:
-    """One line per failed comparison, the worst first."""
-    for part in sorted(parities, key=lambda part: -part.relative_error):
-        if part.passed:
-            continue
-        if math.isinf(part.relative_error):
-            found = "NaN, infinite values or a different shape"
-        else:
-            found = f"relative error {part.relative_error:.2e}, maximum error {part.max_abs_error:.2e}"
-        yield f"{part.component} differs from PyTorch ({part.case}): {found}"

@@ -11,7 +11,7 @@ from img2img_playground.failures import Failure
 from img2img_playground.lora_picker import LoraPicker
 from img2img_playground.number_control import NumberControl
 from img2img_playground.settings import Settings, model_of
-from img2img_playground.watch import ServerState
+from img2img_playground.watch import COMPANIONS, ServerState
 
 if TYPE_CHECKING:
     from img2img_client.options import Fit
@@ -152,7 +152,7 @@ class Controls:
     def _show_choices(self, settings: Settings) -> None:
         default = next((model.id for model in self._models if model.is_default), None)
         models = {"": "Server's default" if default is None else f"Server's default ({default})"}
-        models |= {model.id: _describe(model) for model in self._models if model.family != "controlnet"}
+        models |= {model.id: _describe(model) for model in self._models if model.family not in COMPANIONS}
         if settings.model and settings.model not in models:
             models[settings.model] = f"{settings.model} · not on the server"
         failed = {model.id for model in self._models if model.state == "failed"}

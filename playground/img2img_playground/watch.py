@@ -24,6 +24,11 @@ _TIMEOUT = 5.0
 _NOT_READY = Failure("The server is not ready.", "It is starting or stopping.", may_pass=True)
 
 
+_CONTROLNET = "controlnet"
+COMPANIONS = (_CONTROLNET, "image-encoder")
+"""The families of models that only requests to other models use."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServerState:
     """The server's state. `problem` is why it is not usable, or None; `models` are the last known ones. `known` is False
@@ -38,7 +43,7 @@ class ServerState:
     @property
     def controlnets(self) -> tuple[str, ...]:
         """The ids of the ControlNets that did not fail."""
-        return tuple(model.id for model in self.models if model.family == "controlnet" and model.state != "failed")
+        return tuple(model.id for model in self.models if model.family == _CONTROLNET and model.state != "failed")
 
 
 class ServerWatch:

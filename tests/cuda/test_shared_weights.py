@@ -16,7 +16,7 @@ from img2img_server.bundle.lora_files import LoraFiles
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.errors import BundleError
-from img2img_server.runtime.control.nets import ControlNets
+from img2img_server.runtime.companions import Companions
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.lora.adapters import LoraSettings
@@ -137,7 +137,7 @@ def test_optimizers_leave_shared_weights_as_they_are(
         Cache(2**24),
         open_graph=open_graph,
         loras=loras,
-        controlnets=ControlNets(),
+        companions=Companions(),
     )
     if getattr(pipeline._denoiser, "control", None) is not None:
         pipeline.open_control()

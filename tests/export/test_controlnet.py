@@ -13,7 +13,7 @@ import torch
 from covering import nightly_but
 from img2img_export.build import export_model
 from img2img_export.cli.dry_run import forecast, survey
-from img2img_export.controlnet import plan
+from img2img_export.companion import plan
 from img2img_export.convert import control_graph
 from img2img_export.convert.fused_attention import name_of
 from img2img_export.errors import ExportError

@@ -43,7 +43,8 @@ from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits
 from img2img_server.models.memory import unopened
 from img2img_server.models.registry import ModelRegistry
-from img2img_server.runtime.control.nets import ControlNets
+from img2img_server.runtime.companions import Companions
+from img2img_server.runtime.control.nets import ControlNet
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.lora.adapters import LoraSettings
@@ -100,10 +101,10 @@ def requests(mixes: Sequence[Mix] = MIXES, **changes: Any) -> list[Request]:
 
 
 @pytest.fixture
-def nets(control_bundle: Get, tmp_path: Path) -> Callable[..., ControlNets]:
+def nets(control_bundle: Get, tmp_path: Path) -> Callable[..., Companions]:
     """The ControlNets "a" and "b" of a tiny model, or those of other letters."""
 
-    def load_nets(name: str, letters: str = "ab") -> ControlNets:
+    def load_nets(name: str, letters: str = "ab") -> Companions:
         return controlnets(tmp_path, {letter: control_bundle(f"{name}-{letter}") for letter in letters})
 
     return load_nets
@@ -155,7 +156,7 @@ def oracle(tiny_model: Get, tiny_controlnet: Get) -> Callable[..., np.ndarray]:
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_mixed_batch_matches_diffusers(
-    name: str, bundle: Get, nets: Callable[[str], ControlNets], oracle: Callable[..., np.ndarray]
+    name: str, bundle: Get, nets: Callable[[str], Companions], oracle: Callable[..., np.ndarray]
 ) -> None:
     """And what each request draws alone, bit by bit. Requests without controls draw what a pipeline without ControlNets draws."""
     pipeline, plain = load(bundle(name), nets(name)), load(bundle(name), None)
@@ -170,7 +171,7 @@ def test_mixed_batch_matches_diffusers(
 
 
 def test_a_union_reads_images_of_several_kinds_in_one_batch_as_diffusers_does(
-    bundle: Get, nets: Callable[..., ControlNets], oracle: Callable[..., np.ndarray]
+    bundle: Get, nets: Callable[..., Companions], oracle: Callable[..., np.ndarray]
 ) -> None:
     """Several images are read one by one, as by MultiControlNetUnionModel."""
     pipeline = load(bundle("sdxl"), nets("sdxl", "au"))
@@ -193,7 +194,7 @@ def test_a_union_reads_images_of_several_kinds_in_one_batch_as_diffusers_does(
     ],
 )
 def test_a_mode_that_a_controlnet_lacks_is_refused(
-    name: str, mode: int | None, reason: str, bundle: Get, nets: Callable[..., ControlNets]
+    name: str, mode: int | None, reason: str, bundle: Get, nets: Callable[..., Companions]
 ) -> None:
     pipeline = load(bundle("sdxl"), nets("sdxl", "au"))
     (request,) = requests([((("a", 1.0, 0.0, 1.0)),)])
@@ -206,7 +207,7 @@ def test_a_mode_that_a_controlnet_lacks_is_refused(
 def test_residuals_that_a_controlnet_pools_apply_to_the_prompt_only_as_in_diffusers(
     guidance: float,
     bundle: Get,
-    nets: Callable[..., ControlNets],
+    nets: Callable[..., Companions],
     oracle: Callable[..., np.ndarray],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -222,7 +223,7 @@ def test_residuals_that_a_controlnet_pools_apply_to_the_prompt_only_as_in_diffus
 
 
 def test_controls_of_masked_requests_match_diffusers(
-    bundle: Get, nets: Callable[[str], ControlNets], oracle: Callable[..., np.ndarray]
+    bundle: Get, nets: Callable[[str], Companions], oracle: Callable[..., np.ndarray]
 ) -> None:
     pipeline = load(bundle("sd1"), nets("sd1"))
     mask = Image.new("L", (64, 64), 0)
@@ -233,7 +234,7 @@ def test_controls_of_masked_requests_match_diffusers(
 
 
 def test_requests_with_controls_loras_both_and_none_share_calls(
-    bundle: Get, nets: Callable[[str], ControlNets], tiny_model: Get, tiny_controlnet: Get, tmp_path: Path
+    bundle: Get, nets: Callable[[str], Companions], tiny_model: Get, tiny_controlnet: Get, tmp_path: Path
 ) -> None:
     """Each draws the same bits in any company. What both together draw is what diffusers draws."""
     folder = tmp_path / "loras"
@@ -270,15 +271,15 @@ def counted(pipeline: SteppedPipeline) -> tuple[Counted, Counted]:
 
 
 def test_one_call_serves_rows_with_and_without_controls_and_each_controlnet_is_called_once(
-    bundle: Get, nets: Callable[[str], ControlNets]
+    bundle: Get, nets: Callable[[str], Companions]
 ) -> None:
     """The plain graph runs in steps in which no control applies: PNDM makes 4 calls at these settings."""
     known = nets("sd1")
     pipeline = load(bundle("sd1"), known)
     plain, control = counted(pipeline)
-    called = {letter: Counted(known.get(letter)._graph._runner) for letter in ("a", "b")}
+    called = {letter: Counted(known.get(letter, ControlNet)._graph._runner) for letter in ("a", "b")}
     for letter, runner in called.items():
-        known.get(letter)._graph._runner = runner
+        known.get(letter, ControlNet)._graph._runner = runner
     together(pipeline, requests([(), ()]))
     assert (plain.rows, control.rows) == ([4] * 4, [])
     together(pipeline, requests([(), MIXES[3], MIXES[5]]))
@@ -290,7 +291,7 @@ def test_one_call_serves_rows_with_and_without_controls_and_each_controlnet_is_c
 
 
 def test_rows_without_controls_stay_in_the_plain_graph_if_the_graphs_have_other_providers(
-    bundle: Get, nets: Callable[[str], ControlNets]
+    bundle: Get, nets: Callable[[str], Companions]
 ) -> None:
     pipeline = load(bundle("sd1"), nets("sd1"))
     batch = requests([MIXES[1], (), MIXES[2]])
@@ -301,7 +302,7 @@ def test_rows_without_controls_stay_in_the_plain_graph_if_the_graphs_have_other_
     assert (plain.rows, control.rows) == ([2] * 4, [4] * 4)
 
 
-def test_a_controlnet_of_another_family_is_refused(bundle: Get, nets: Callable[[str], ControlNets]) -> None:
+def test_a_controlnet_of_another_family_is_refused(bundle: Get, nets: Callable[[str], Companions]) -> None:
     pipeline = load(bundle("sdxl"), nets("sd1"))
     with pytest.raises(
         InvalidField, match=r"^controls\[0\]\.model: ControlNet 'a' does not fit this model: it is for another size"
@@ -344,7 +345,7 @@ def test_a_controlnet_fits_the_models_whose_graphs_have_its_residuals(bundle: Ge
 )
 def test_models_without_controlnets_refuse_controls(name: str, reason: str, bundle: Get) -> None:
     with pytest.raises(InvalidField, match=f"^controls: this model takes no controls: {reason}"):
-        load(bundle(name), ControlNets()).plan(requests([MIXES[1]])[0])
+        load(bundle(name), Companions()).plan(requests([MIXES[1]])[0])
 
 
 class Doubling(FakePipeline):
@@ -373,7 +374,7 @@ def test_the_time_of_controls_counts_for_the_requests_that_have_them() -> None:
     assert etas == pytest.approx([4.0, 8.0], rel=0.05)
 
 
-def test_a_plan_counts_the_work_of_its_controls(bundle: Get, nets: Callable[[str], ControlNets]) -> None:
+def test_a_plan_counts_the_work_of_its_controls(bundle: Get, nets: Callable[[str], Companions]) -> None:
     pipeline = load(bundle("sd1"), nets("sd1"))
     none, one, half = (pipeline.plan(request).work for request in (*requests(MIXES[:2]), *requests(MIXES[3:4])))
     assert none == 1
@@ -381,7 +382,7 @@ def test_a_plan_counts_the_work_of_its_controls(bundle: Get, nets: Callable[[str
     assert half - 1 == pytest.approx((one - 1) / 2)
 
 
-def test_weights_of_an_unopened_control_graph_are_known(bundle: Get, nets: Callable[[str], ControlNets]) -> None:
+def test_weights_of_an_unopened_control_graph_are_known(bundle: Get, nets: Callable[[str], Companions]) -> None:
     pipeline, none = load(bundle("sd1"), nets("sd1")), load(bundle("lcm"), None)
     assert unopened(none) == 0
     (unet,) = (part for part in read_manifest(bundle("sd1")).components if part.name == "unet")

@@ -24,7 +24,7 @@ from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import ControlUse, LoraUse, Mask, Request
 from img2img_server.errors import InvalidField
-from img2img_server.runtime.control.nets import ControlNets
+from img2img_server.runtime.companions import Companions
 from img2img_server.runtime.control.residuals import Called, layout, of_flux
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
@@ -67,10 +67,10 @@ def requests(mixes: Sequence[Mix] = MIXES) -> list[Request]:
 
 
 @pytest.fixture
-def nets(control_bundle: Get, tmp_path: Path) -> Callable[[str], ControlNets]:
+def nets(control_bundle: Get, tmp_path: Path) -> Callable[[str], Companions]:
     """ControlNets by their letters."""
 
-    def load_nets(letters: str) -> ControlNets:
+    def load_nets(letters: str) -> Companions:
         return controlnets(tmp_path, {letter: control_bundle(f"{MODEL}-{letter}") for letter in letters})
 
     return load_nets
@@ -111,9 +111,7 @@ def oracle(tiny_model: Get, tiny_controlnet: Get) -> Callable[..., np.ndarray]:
     return draw
 
 
-def test_mixed_batch_matches_diffusers(
-    bundle: Get, nets: Callable[[str], ControlNets], oracle: Callable[..., np.ndarray]
-) -> None:
+def test_mixed_batch_matches_diffusers(bundle: Get, nets: Callable[[str], Companions], oracle: Callable[..., np.ndarray]) -> None:
     """And what each request draws alone, bit by bit. Requests without controls draw what a pipeline without ControlNets draws."""
     pipeline, plain = load(bundle(BUNDLE), nets("abux")), load(bundle(BUNDLE), None)
     batch = requests()
@@ -129,7 +127,7 @@ def test_mixed_batch_matches_diffusers(
 
 
 def test_controls_of_masked_requests_match_diffusers(
-    bundle: Get, nets: Callable[[str], ControlNets], oracle: Callable[..., np.ndarray]
+    bundle: Get, nets: Callable[[str], Companions], oracle: Callable[..., np.ndarray]
 ) -> None:
     pipeline = load(bundle(BUNDLE), nets("ax"))
     mask = Image.new("L", (64, 64), 0)
@@ -142,7 +140,7 @@ def test_controls_of_masked_requests_match_diffusers(
 
 
 def test_each_image_of_a_request_draws_its_own_latents_of_the_control_image(
-    bundle: Get, nets: Callable[[str], ControlNets]
+    bundle: Get, nets: Callable[[str], Companions]
 ) -> None:
     pipeline = load(bundle(BUNDLE), nets("a"))
     (request,) = requests([MIXES[1]])
@@ -159,7 +157,7 @@ def pipeline_images(pipeline: SteppedPipeline, request: Request) -> list[np.ndar
 
 
 def test_requests_with_controls_loras_both_and_none_share_calls(
-    bundle: Get, nets: Callable[[str], ControlNets], tiny_model: Get, oracle: Callable[..., np.ndarray], tmp_path: Path
+    bundle: Get, nets: Callable[[str], Companions], tiny_model: Get, oracle: Callable[..., np.ndarray], tmp_path: Path
 ) -> None:
     """Each draws the same bits in any company. What both together draw is what diffusers draws."""
     folder = tmp_path / "loras"
@@ -191,7 +189,7 @@ def test_requests_with_controls_loras_both_and_none_share_calls(
     ],
 )
 def test_a_mode_that_a_controlnet_lacks_is_refused(
-    use: ControlUse, field: str, reason: str, bundle: Get, nets: Callable[[str], ControlNets]
+    use: ControlUse, field: str, reason: str, bundle: Get, nets: Callable[[str], Companions]
 ) -> None:
     (request,) = requests([()])
     with pytest.raises(InvalidField, match=rf"^controls\[0\]\.{field}: {reason}"):
@@ -199,11 +197,11 @@ def test_a_mode_that_a_controlnet_lacks_is_refused(
 
 
 def test_a_controlnet_of_another_family_is_refused(bundle: Get, control_bundle: Get, tmp_path: Path) -> None:
-    known = ControlNets()
+    known = Companions()
     for letter, name in (("a", "sd1-a"), ("f", f"{MODEL}-a")):
         link = tmp_path / letter
         link.symlink_to(control_bundle(name))
-        load_pipeline(link, read_manifest(link), Execution("cpu"), controlnets=known)
+        load_pipeline(link, read_manifest(link), Execution("cpu"), companions=known)
     (request,) = requests([()])
     for model, letter, reason in ((BUNDLE, "a", "it is for Stable Diffusion"), ("sd1", "f", "it is for Flux")):
         with pytest.raises(
@@ -216,7 +214,7 @@ def test_a_bundle_without_a_control_graph_says_how_to_make_one(bundle: Get) -> N
     with pytest.raises(
         InvalidField, match=r"^controls: this model takes no controls: it has no control graph: .*--control-graphs"
     ):
-        load(bundle(MODEL), ControlNets()).plan(requests([MIXES[1]])[0])
+        load(bundle(MODEL), Companions()).plan(requests([MIXES[1]])[0])
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 6])

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from fakes import FakePipeline, make_request
 from img2img_server.api.interceptors import to_status
+from img2img_server.backends.ray import roster
 from img2img_server.backends.ray.messages import Card, ModelQuery, RemoteRequest, ReplicaLost, check_lost
+from img2img_server.bundle.image_encoders import EncoderWidths
 from img2img_server.bundle.manifest import Component
 from img2img_server.engine.request import Completed, Failed, Mask, Progress, Request, RequestWarning, Started, Timings
 from img2img_server.errors import DeadlineUnmeetable, EngineStuck, InvalidField, QueueFull, ServerError, ShuttingDown
@@ -113,6 +115,14 @@ def test_cards_describe_model_fields_and_edit_mode() -> None:
     (model,) = store(m=pipeline)
     card = _sent(Card.of(model))
     assert (card.request_fields, card.source_rule) == (pipeline.fields, pipeline.source_rule)
+
+
+def test_cards_say_which_companions_fit() -> None:
+    """So a front chooses them before a replica has loaded them."""
+    (model,) = store(m=FakePipeline())
+    kinds = {"control_kind": (("family", "Flux"),), "encoder_widths": EncoderWidths(24, 32)}
+    merged = roster._model([_sent(Card.of(replace(model, **kinds)))], 1)  # type: ignore[arg-type]
+    assert {name: getattr(merged, name) for name in kinds} == kinds
 
 
 def test_card_size_does_not_depend_on_the_manifest() -> None:

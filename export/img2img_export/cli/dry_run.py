@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from img2img_server.bundle.controls import FAMILY
+from img2img_server.bundle import companions, controls
 from img2img_server.bundle.manifest import (
     WEIGHT_BYTES,
     Precision,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from img2img_export.convert.models import Plan
 
-_FUSED = ("unet", "vae", FAMILY)
+_FUSED = ("unet", "vae", controls.FAMILY)
 """Components whose fp16 graphs get a second graph with fused operators."""
 
 _MEMORY_FACTOR = 1.5
@@ -138,7 +138,7 @@ def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", conte
     if missing := [lora.path for lora in options.loras if not lora.path.is_file()]:
         raise ExportError(f"no LoRA file at {missing[0]}")
     components = tuple(checkpoint.layout.components)
-    weights = weigh(contents or read_contents(checkpoint), components, alone=checkpoint.kind == "controlnet")
+    weights = weigh(contents or read_contents(checkpoint), components, alone=checkpoint.kind == "companion")
     kinds = {**dict.fromkeys(weights, ""), **{name: kind for name, (_, kind) in checkpoint.layout.components.items()}}
     upcast = _is_upcast(checkpoint.directory / "vae" / "config.json")
 
@@ -280,8 +280,8 @@ def _forecast_part(
     part = "vae" if name.startswith("vae_") else name
     is_graph = part in plan.graphs
     precision, reason = str(requested), ""
-    if requested == "int8" and not (is_graph and name.startswith((*DENOISERS, "text_encoder", "vae", FAMILY))):
-        precision, reason = "fp32", "int8 applies only to the graphs of denoisers, ControlNets, text encoders and VAE decoders"
+    if requested == "int8" and not (is_graph and name.startswith((*DENOISERS, "text_encoder", "vae", *companions.FAMILIES))):
+        precision, reason = "fp32", "int8 applies only to the graphs of denoisers, ControlNets, encoders and VAE decoders"
     elif requested == "fp16" and part == "vae" and upcast:
         precision, reason = "fp32", "the model declares that its VAE overflows in fp16"
     if precision == "int8":

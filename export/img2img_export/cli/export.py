@@ -251,7 +251,7 @@ def _export(options: ExportOptions, display: Display) -> None:
 
 
 def _dry_run(options: ExportOptions, display: Display, json: bool) -> None:
-    from img2img_export import controlnet
+    from img2img_export import companion
     from img2img_export.build import check_weight_format
     from img2img_export.cli.dry_run import forecast, show, survey
     from img2img_export.convert.models import plan
@@ -259,7 +259,7 @@ def _dry_run(options: ExportOptions, display: Display, json: bool) -> None:
     # With --json the forecast is the only output.
     checkpoint, contents = survey(options, Progress() if json else display)
     check_weight_format(options, checkpoint.kind)
-    planned = controlnet.plan(checkpoint.layout) if checkpoint.kind == "controlnet" else plan(checkpoint.layout, options.backend)
+    planned = companion.plan(checkpoint.layout) if checkpoint.kind == "companion" else plan(checkpoint.layout, options.backend)
     found = forecast(checkpoint, options, planned, contents)
     if json:
         print(as_json(dataclasses.asdict(found)))

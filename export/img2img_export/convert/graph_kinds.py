@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 from diffusers.models.transformers import transformer_chroma, transformer_flux, transformer_flux2, transformer_longcat_image
+from img2img_server.bundle.image_encoders import EMBEDS, PIXELS, STATES
 from optimum.exporters.base import ExporterConfig
 from optimum.utils import NormalizedConfig
 
@@ -153,6 +154,20 @@ class CLIPTextWithProjection(CLIPText):
     """CLIP's text model with the projection of its pooled vector."""
 
     POOLED: Axes = {"text_embeds": {0: "batch_size"}, "last_hidden_state": _TEXT}
+
+
+class CLIPVision(GraphKind):
+    """CLIP's image encoder with the projection of its pooled vector."""
+
+    @property
+    def inputs(self) -> Axes:
+        """Normalized pixels [B, 3, S, S] of the one size that it has positions for."""
+        return {PIXELS: {0: "batch_size"}}
+
+    @property
+    def outputs(self) -> Axes:
+        """The projected vector [B, P], and the hidden states [B, T, D] before the last layer."""
+        return {EMBEDS: {0: "batch_size"}, STATES: {0: "batch_size"}}
 
 
 class T5Encoder(GraphKind):
@@ -307,6 +322,7 @@ class Called(GraphKind):
 KINDS: dict[str, type[GraphKind]] = {
     "CLIPTextModel": CLIPText,
     "CLIPTextModelWithProjection": CLIPTextWithProjection,
+    "CLIPVisionModelWithProjection": CLIPVision,
     "T5EncoderModel": T5Encoder,
     "UNet2DConditionModel": UNet,
     "SD3Transformer2DModel": SD3Transformer,

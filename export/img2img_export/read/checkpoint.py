@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from img2img_server.bundle.controls import CLASSES, FAMILY
+from img2img_server.bundle import controls, image_encoders
 from img2img_server.bundle.unsafe_files import INDEX, refuse_unsafe_config, refuse_unsafe_parts
 from img2img_server.errors import BundleError
 
@@ -25,8 +25,8 @@ from img2img_export.read.weights_file import PICKLE_REASON, is_pickle, is_safete
 
 GRAPH_NAME = "model.onnx"
 CONFIG_NAME = "config.json"
-_COMPONENT_WEIGHTS = "diffusion_pytorch_model."
-"""How the names of the weights of diffusers' components begin. transformers' models have other names."""
+_COMPONENT_WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+"""The names of a component's weights before the variant, of diffusers and of transformers."""
 
 _UNFOLLOWED = dict.fromkeys(
     (
@@ -40,9 +40,9 @@ _UNFOLLOWED = dict.fromkeys(
 )
 """Why some classes of ControlNets are not exported."""
 
-Kind = Literal["diffusers", "single-file", "onnx", "controlnet"]
-"""The kind of a source: weights in diffusers' layout, all weights in one file, graphs made by optimum-cli, or a ControlNet, which
-is a single component of diffusers: a config.json and its weights."""
+Kind = Literal["diffusers", "single-file", "onnx", "companion"]
+"""The kind of a source: weights in diffusers' layout, all weights in one file, graphs made by optimum-cli, or a companion (a
+ControlNet or an image encoder), which is a single component of diffusers or transformers: a config.json and its weights."""
 
 TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _WEIGHTS = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.(?i:safetensors)")
@@ -92,7 +92,7 @@ def choose(index: Any, names: Iterable[str], options: ExportOptions) -> tuple[Ki
     """
     names = list(names)
     if is_component(names):
-        return "controlnet", *_choose_component(index, names, options)
+        return "companion", *_choose_component(index, names, options)
     layout = _parse_layout(index, options.source)
     if not _has_graphs_only(names):
         if not (options.allow_patterns or options.ignore_patterns):
@@ -105,21 +105,27 @@ def choose(index: Any, names: Iterable[str], options: ExportOptions) -> tuple[Ki
 
 
 def is_component(names: Iterable[str]) -> bool:
-    """Whether the files `names` are those of a component in diffusers' layout, and not of a pipeline."""
+    """Whether the files `names` are those of a component, and not of a pipeline."""
     names = set(names)
-    return INDEX_NAME not in names and CONFIG_NAME in names and any(name.startswith(_COMPONENT_WEIGHTS) for name in names)
+    return INDEX_NAME not in names and CONFIG_NAME in names and any(map(_is_component_weights, names))
+
+
+def _is_component_weights(name: str) -> bool:
+    """Whether a file has a component's weights: "model.fp16.safetensors", "model-00001-of-00002.safetensors"."""
+    return re.split(r"[.-]", name)[0] in _COMPONENT_WEIGHTS and (is_safetensors(name) or is_pickle(name) or INDEX in name)
 
 
 def _choose_component(config: Any, names: list[str], options: ExportOptions) -> tuple[Layout, list[str]]:
-    """The layout of a ControlNet, and its files to read. Raises ExportError for any other component."""
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    if name not in CLASSES:
-        kind = f"a {name}, a component" if isinstance(name, str) else "a component"
-        if isinstance(name, str) and "ControlNet" in name:
+    """The layout of a companion, and its files to read. Raises ExportError for any other component."""
+    library, name = _class_of_component(config)
+    family = image_encoders.FAMILY if name == image_encoders.CLASS else controls.FAMILY
+    if name not in (*controls.CLASSES, image_encoders.CLASS):
+        kind = f"a {name}, a component" if name else "a component"
+        if "ControlNet" in name:
             why = f" ({_UNFOLLOWED[name]})" if name in _UNFOLLOWED else ""
             raise ExportError(
                 f"{options.source} is a {name}{why}: img2img exports the ControlNets of Stable Diffusion 1, 2 and XL and of Flux "
-                f"({', '.join(CLASSES)})"
+                f"({', '.join(controls.CLASSES)})"
             )
         raise ExportError(
             f"{options.source} is {kind} and not a model: it has no {INDEX_NAME}; choose the directory of the complete model"
@@ -128,26 +134,41 @@ def _choose_component(config: Any, names: list[str], options: ExportOptions) -> 
         raise ExportError(
             f"{options.source} is quantized (quantization_config in its config.json): export it in fp16, bf16 or fp32"
         )
-    _refuse_for_controlnets(options)
+    _refuse_for_companions(options, _COMPANIONS[family])
     own = [name for name in names if "/" not in name]
     if code := [name for name in own if name.endswith(".py")]:
         raise ExportError(f"the checkpoint contains custom code ({code[0]}), which is never run")
-    weights = _weights(options.source, [name for name in own if name.startswith(_COMPONENT_WEIGHTS)], options.variant)
-    return Layout(name, {FAMILY: ("diffusers", name)}, ()), sorted([CONFIG_NAME, *weights])
+    weights = _weights(options.source, list(filter(_is_component_weights, own)), options.variant)
+    return Layout(name, {family: (library, name)}, ()), sorted([CONFIG_NAME, *weights])
 
 
-def _refuse_for_controlnets(options: ExportOptions) -> None:
-    """Raises ExportError for an option that a ControlNet has no use for."""
+_COMPANIONS = {controls.FAMILY: "a ControlNet", image_encoders.FAMILY: "an image encoder"}
+
+
+def _class_of_component(config: Any) -> tuple[str, str]:
+    """The library and the class of a component with this config.json; the class is "" if it names none."""
+    if not isinstance(config, dict):
+        return "", ""
+    classes = config.get("architectures")
+    if isinstance(classes, list) and len(classes) == 1 and isinstance(classes[0], str):
+        return "transformers", classes[0]
+    name = config.get("_class_name")
+    return "diffusers", name if isinstance(name, str) else ""
+
+
+def _refuse_for_companions(options: ExportOptions, what: str) -> None:
+    """Raises ExportError for an option that a companion has no use for; `what` it is."""
     for flag, is_set in (
         ("--lora", bool(options.loras)),
         ("--scheduler", options.scheduler is not None),
         ("--reference", options.reference is not None),
         ("--control-graphs", options.control_graphs),
+        ("--speedups", options.speedups),
         ("--backend", options.backend not in ("auto", "onnx")),
         ("--allow-pattern and --ignore-pattern", bool(options.allow_patterns or options.ignore_patterns)),
     ):
         if is_set:
-            raise ExportError(f"{options.source} is a ControlNet, which becomes one graph: {flag} does not apply")
+            raise ExportError(f"{options.source} is {what}, which becomes one graph: {flag} does not apply")
 
 
 def choose_texts(index: Any, names: Iterable[str], source: str) -> tuple[Layout, list[str]]:

@@ -63,7 +63,7 @@ class Checkpoint:
     def link_into(self, tree: Path) -> None:
         """Fills `tree` with links to the files. A text with a byte order mark is copied without it."""
         # A component's files are in the folder that a pipeline has for it.
-        (folder,) = self.layout.components if self.kind == "controlnet" else (".",)
+        (folder,) = self.layout.components if self.kind == "companion" else (".",)
         for name in self.files:
             link, file = tree / folder / name, self.directory / name
             link.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@ Each graph runs batches of one and three, at two sizes, on random inputs and on 
 images. Samples in a batch have different timesteps, which the server relies on.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,18 @@ def compare(
         passed = all(error.passed for error in errors)
         results.append(ComponentParity(part.name, case.name, worst, relative, passed, graph))
     return results
+
+
+def problems_of(parities: list[ComponentParity]) -> Iterator[str]:
+    """One line per failed comparison, the worst first."""
+    for part in sorted(parities, key=lambda part: -part.relative_error):
+        if part.passed:
+            continue
+        if math.isinf(part.relative_error):
+            found = "NaN, infinite values or a different shape"
+        else:
+            found = f"relative error {part.relative_error:.2e}, maximum error {part.max_abs_error:.2e}"
+        yield f"{part.component} differs from PyTorch ({part.case}): {found}"
 
 
 def _cut(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:

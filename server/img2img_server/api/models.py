@@ -82,7 +82,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
             message.size_multiple = model.pipeline.size_multiple
             message.schedulers.extend(model.pipeline.schedulers)
             message.engines.extend(map(_engine_to, model.engines))
-        if model.pipeline is not None and not model.is_controlnet:
+        if model.pipeline is not None and not model.companion:
             message.fields.extend(fields_of(self._config, model.pipeline).messages())
             if model.manifest is not None:
                 message.speedups.extend(speedup_messages(model.manifest.speedups))

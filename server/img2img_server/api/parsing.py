@@ -117,8 +117,8 @@ class Parser:
         """
         arrival = time.perf_counter()
         deadline = None if seconds_left is None else self._clock() + seconds_left
-        if model.is_controlnet:
-            raise InvalidField("model", f"'{model.id}' is a ControlNet, which other models' requests name in controls")
+        if model.companion:
+            raise InvalidField("model", f"'{model.id}' is {model.companion}")
         fields = fields_of(self._config, _pipeline_of(model))
         for name in reading.optional:
             if name not in fields or not fields.uses(message, name):

@@ -29,7 +29,7 @@ from img2img_server.support.threads import in_thread
 from img2img_server.telemetry.timeline import Trace
 
 if TYPE_CHECKING:
-    from img2img_server.runtime.control.nets import ControlNets
+    from img2img_server.runtime.companions import Companions
     from img2img_server.runtime.lora.adapters import LoraSettings
     from img2img_server.runtime.tensorrt.candidate import RunnerCache
 
@@ -237,7 +237,7 @@ def local(config: ServerConfig) -> LocalBackend:
     cache = Cache(config.cache_bytes)
     lora_cache = Cache(config.loras.cache)
     runner_cache: RunnerCache | None = None
-    controlnets: ControlNets | None = None
+    companions: Companions | None = None
 
     def loras() -> "LoraSettings | None":
         from img2img_server.runtime.lora.adapters import LoraSettings
@@ -250,7 +250,7 @@ def local(config: ServerConfig) -> LocalBackend:
 
         assert runner_cache is not None, "the models are loaded"
         return load_pipeline(
-            bundle, manifest, config.execution, cache, keep=runner_cache.keep, loras=loras(), controlnets=controlnets
+            bundle, manifest, config.execution, cache, keep=runner_cache.keep, loras=loras(), companions=companions
         )
 
     models = ModelRegistry.find_bundles(
@@ -271,11 +271,11 @@ def local(config: ServerConfig) -> LocalBackend:
         providers.check(config.execution.provider)
         import img2img_server.runtime.loader  # noqa: F401 - imports the heavy libraries
         from img2img_server.runtime.common.device_copy import start_device
-        from img2img_server.runtime.control.nets import ControlNets
+        from img2img_server.runtime.companions import Companions
         from img2img_server.runtime.tensorrt.candidate import RunnerCache
 
-        nonlocal runner_cache, controlnets
-        runner_cache, controlnets = RunnerCache(), ControlNets()
+        nonlocal runner_cache, companions
+        runner_cache, companions = RunnerCache(), Companions()
         start_device(config.execution.provider)
         _log.info("libraries imported in %.1f s", time.monotonic() - begun)
         models.preload(config.residency)
@@ -285,7 +285,7 @@ def local(config: ServerConfig) -> LocalBackend:
         from img2img_server.runtime.tensorrt import candidate
 
         assert runner_cache is not None, "the models were loaded"
-        return candidate.candidates(models, config.execution, cache, runner_cache, loras(), controlnets)
+        return candidate.candidates(models, config.execution, cache, runner_cache, loras(), companions)
 
     def open_costs() -> CostStore | None:
         from img2img_server.runtime.common import cpu

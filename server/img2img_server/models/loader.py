@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from img2img_server.bundle.control_kinds import control_kind
 from img2img_server.bundle.manifest import Manifest
 from img2img_server.engine.costs import Measured
 from img2img_server.engine.engine import Engine
@@ -18,7 +17,7 @@ from img2img_server.engine.warmup import Size, WarmUp
 from img2img_server.errors import OutOfMemory, ShuttingDown
 from img2img_server.models.cost_store import CostStore
 from img2img_server.models.memory import MemoryReading, Meter, in_words, least_slots, let_go, unopened
-from img2img_server.models.registry import Hung, ModelRegistry, Stage
+from img2img_server.models.registry import Hung, ModelRegistry, Stage, kinds_of
 from img2img_server.support.device_lock import DEVICE_IN_USE
 from img2img_server.support.threads import in_thread
 
@@ -142,9 +141,8 @@ class ModelLoader:
             memory = self._models.get(name).estimates.measured(manifest, grown)
             self._arrived[name] = _Arrival(manifest, pipeline, memory)
             bundle = self._models.get(name).bundle
-            kind = () if bundle is None else await in_thread(lambda: control_kind(bundle, manifest))
-            values = {"manifest": manifest, "memory": memory, "slots": least_slots(pipeline), "control_kind": kind}
-            self._models.change(name, **values)
+            kinds = {} if bundle is None else await in_thread(lambda: kinds_of(bundle, manifest))
+            self._models.change(name, manifest=manifest, memory=memory, slots=least_slots(pipeline), **kinds)
         except ShuttingDown:
             raise
         except Exception as error:  # noqa: BLE001 - any library's: only this model cannot be served

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from img2img_server.bundle import controls, image_encoders
+from img2img_server.bundle.companions import FAMILIES
 from img2img_server.bundle.control_kinds import ControlKind, control_kind
-from img2img_server.bundle.controls import FAMILY
+from img2img_server.bundle.image_encoders import EncoderWidths, encoder_widths
 from img2img_server.bundle.manifest import Manifest, Source, read_manifest
 from img2img_server.config import PRELOAD_WORDS, ModelSettings
 from img2img_server.engine.request import Pipeline
@@ -107,7 +109,8 @@ class Model:
     `bundle` is its folder. `engines` are its candidates and promoted engines. `loading` is set while it is loaded or exported.
     `memory` is its size in memory in bytes, now or when it was last loaded, 0 if unknown. `detail` says to callers what is being
     done, or why it is not ready. `slots` is the memory of its least slots for LoRAs when it was last loaded. `estimates` is how
-    the server estimates models' memory. `control_kind` says which ControlNets fit, or of a ControlNet which models.
+    the server estimates models' memory. `control_kind` says which ControlNets fit, or of a ControlNet which models;
+    `encoder_widths` are those of an image encoder.
     """
 
     id: str
@@ -122,6 +125,7 @@ class Model:
     slots: int = 0
     estimates: Estimates = PLAIN
     control_kind: ControlKind = ()
+    encoder_widths: EncoderWidths | None = None
 
     @property
     def state(self) -> ModelState:
@@ -135,7 +139,17 @@ class Model:
     @property
     def is_controlnet(self) -> bool:
         """Whether it is a ControlNet, which other models' requests name."""
-        return self.manifest is not None and self.manifest.family == FAMILY
+        return self.manifest is not None and self.manifest.family == controls.FAMILY
+
+    @property
+    def is_image_encoder(self) -> bool:
+        """Whether it is an image encoder, which other models' requests with image prompts use."""
+        return self.manifest is not None and self.manifest.family == image_encoders.FAMILY
+
+    @property
+    def companion(self) -> str:
+        """What it is, for messages, if other models' requests use it; "" if it draws images."""
+        return "" if self.manifest is None else FAMILIES.get(self.manifest.family, "")
 
     @property
     def expected_memory(self) -> int:
@@ -161,7 +175,8 @@ class Model:
 class ModelRegistry:
     """The models of a server, found at start or later. Thread-safe.
 
-    A request without a reference means the default model, or the only one at start, apart from ControlNets.
+    A request without a reference means the default model, or the only one at start, apart from ControlNets and
+    image encoders.
 
     `folder` is the folder of bundles, None if
     the models have no bundles. `estimates` estimates their memory.
@@ -178,7 +193,7 @@ class ModelRegistry:
         self._estimates = estimates
         # Never changed, always replaced, so readers need no lock.
         self._models = _by_id(models)
-        own = [model.id for model in self._models.values() if not model.is_controlnet]
+        own = [model.id for model in self._models.values() if not model.companion]
         if default is None and len(own) == 1:
             (default,) = own
         if default is not None and default not in self._models:
@@ -304,7 +319,8 @@ class ModelRegistry:
             return False
         read = _read(found, self._estimates)
         values = {"problem": read.problem, "detail": read.detail, "bundle": found, "loading": False, "estimates": read.estimates}
-        self.change(name, manifest=read.manifest, control_kind=read.control_kind, **values)
+        kinds = {"control_kind": read.control_kind, "encoder_widths": read.encoder_widths}
+        self.change(name, manifest=read.manifest, **kinds, **values)
         _log.info("model '%s' was found", name)
         return True
 
@@ -415,11 +431,16 @@ def _read(bundle: Path, estimates: Estimates) -> Model:
     name = bundle_id(bundle)
     try:
         manifest = read_manifest(bundle)
-        return Model(name, manifest, bundle=bundle, estimates=estimates, control_kind=control_kind(bundle, manifest))
+        return Model(name, manifest, bundle=bundle, estimates=estimates, **kinds_of(bundle, manifest))
     except BundleError as error:
         failure = Failure.of(error, Stage.READING, bundle)
         _log.error("model '%s' cannot be served: %s", name, failure.problem)
         return Model(name, problem=failure.problem, bundle=bundle, detail=failure.detail, estimates=estimates)
+
+
+def kinds_of(bundle: Path, manifest: Manifest) -> dict[str, Any]:
+    """The fields of a Model that say which companions fit it, or which models it fits. Reads the bundle's configurations."""
+    return {"control_kind": control_kind(bundle, manifest), "encoder_widths": encoder_widths(bundle, manifest)}
 
 
 def _agrees(model: Model, wanted: Source) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from img2img_server.bundle.controls import FAMILY
+from img2img_server.bundle import controls, image_encoders
+from img2img_server.bundle.companions import FAMILIES as COMPANIONS
 from img2img_server.bundle.files import read_json
 from img2img_server.bundle.manifest import WEIGHT_BYTES, Manifest, Precision, TensorSpec
 from img2img_server.bundle.unsafe_files import refuse_unsafe
@@ -20,8 +21,9 @@ from img2img_server.runtime.common import cpu
 from img2img_server.runtime.common.device_copy import device_stream, go_over
 from img2img_server.runtime.common.out_of_memory import KEEPERS, is_out_of_memory
 from img2img_server.runtime.common.vae import bound_torch_vaes, most_memory
+from img2img_server.runtime.companions import Companion, Companions
 from img2img_server.runtime.control.controls import ModelControls, NoControls
-from img2img_server.runtime.control.nets import ControlNet, ControlNets, open_controlnet
+from img2img_server.runtime.control.nets import open_controlnet
 from img2img_server.runtime.control.own import OwnControl
 from img2img_server.runtime.diffusion.flux import Flux, FluxControl
 from img2img_server.runtime.diffusion.flux_2 import Flux2, Flux2Klein, FluxKontext
@@ -34,6 +36,7 @@ from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.diffusion.z_image import ZImage
 from img2img_server.runtime.execution import Execution
+from img2img_server.runtime.image_encoders import ImageEncoder
 from img2img_server.runtime.lora.adapters import LoraSettings, ModelLoras, NoLoras
 from img2img_server.runtime.lora.graph import layers_of
 from img2img_server.runtime.onnx.components import Components
@@ -82,7 +85,7 @@ class Loading:
     """What is loaded, and how: the bundle in a directory, and its manifest, which was read and checked before.
 
     `cache` keeps encoded prompts and images; several pipelines may share one. `loras` are the LoRAs that requests may name, None
-    for none. `controlnets` are the ControlNets in memory, to which a bundle of one is added.
+    for none. `companions` are those in memory, such as ControlNets, to which the bundle of one is added.
     """
 
     bundle: Path
@@ -90,7 +93,7 @@ class Loading:
     execution: Execution = field(default_factory=Execution)
     cache: Cache = field(default_factory=lambda: Cache(0))
     loras: LoraSettings | None = None
-    controlnets: ControlNets | None = None
+    companions: Companions | None = None
 
     @property
     def threads(self) -> int:
@@ -111,7 +114,7 @@ def load_pipeline(
     open_graph: Open = open_session,
     keep: Callable[[Make], Make] = lambda make: make,
     loras: LoraSettings | None = None,
-    controlnets: ControlNets | None = None,
+    companions: Companions | None = None,
 ) -> Pipeline:
     """Loads a bundle; `Loading` has the arguments that are not described here.
 
@@ -120,11 +123,11 @@ def load_pipeline(
     Raises BundleError if the bundle does not fit this server or the provider is not available, OutOfMemory if the GPU is full.
     """
     refuse_unsafe(bundle)
-    loading = Loading(bundle, manifest, execution or Execution(), cache or Cache(0), loras, controlnets)
+    loading = Loading(bundle, manifest, execution or Execution(), cache or Cache(0), loras, companions)
     if manifest.backend == "torch":
         return _load_torch(loading)
     choice = choose(loading.execution.provider)
-    if manifest.family == FAMILY and choice.provider == "openvino":
+    if manifest.family in COMPANIONS and choice.provider == "openvino":
         choice = replace(choice, provider="cpu", detail="")  # as control graphs are
     return _load_graphs(loading, choice, open_graph, keep)
 
@@ -140,7 +143,7 @@ def _load_graphs(loading: Loading, choice: ProviderChoice, open_graph: Open, kee
             ways = {"onnx:cpu": lambda: _load_graphs(loading, on_cpu, open_graph, keep), **ways}
         return measured_choice.fastest(bundle, manifest, execution, loading.threads, ways)
     # An opaque pipeline uses several threads, and recorded calls belong to one thread.
-    graphs = execution.cuda_graphs and (loading.family is not None or manifest.family == FAMILY)
+    graphs = execution.cuda_graphs and (loading.family is not None or manifest.family == controls.FAMILY)
     try:
         recording = replace(execution, cuda_graphs=graphs)
         make, provider, tensors = _runners(choice, recording, loading.threads, placement.open, Sizes(bundle))
@@ -179,20 +182,24 @@ def assemble(loading: Loading, make: Make, provider: str, tensors: str) -> Pipel
         light=LIGHT if is_stepped else {}, compiles=execution.compile, offloads=execution.offloads, is_stepped=is_stepped,
     )  # fmt: skip
     engine = f"{manifest.backend}:{provider}"
-    if manifest.family == FAMILY:
-        return _controlnet(components, engine, tensors, loading.controlnets)
+    if manifest.family in COMPANIONS:
+        return _companion(components, engine, tensors, loading.companions)
     return _split(loading, components.pipeline(), engine)
 
 
-def _controlnet(components: Components, engine: str, device: str, controlnets: ControlNets | None) -> ControlNet:
-    """Opens a ControlNet, and adds it to `controlnets` by its model's id."""
-    config = read_json(components.bundle / FAMILY / "config.json")
-    parameters = _parameters(components.manifest, FAMILY)
-    net = open_controlnet(components.controlnet(), config, engine, device, controlnets, parameters)
-    net.owner = components.bundle
-    if controlnets is not None:
-        controlnets.add(components.bundle.absolute().name, net)
-    return net
+def _companion(components: Components, engine: str, device: str, companions: Companions | None) -> Companion:
+    """Opens a companion, and adds it to `companions` by its model's id."""
+    manifest, graph = components.manifest, components.companion()
+    config = read_json(components.bundle / manifest.family / "config.json")
+    companion: Companion
+    if manifest.family == image_encoders.FAMILY:
+        companion = ImageEncoder(graph, config, manifest.digest, engine, device, companions)
+    else:
+        companion = open_controlnet(graph, config, engine, device, companions, _parameters(manifest, manifest.family))
+    companion.owner = components.bundle
+    if companions is not None:
+        companions.add(components.bundle.absolute().name, companion)
+    return companion
 
 
 def _runners(choice: ProviderChoice, execution: Execution, threads: int, open_graph: Open, sizes: Sizes) -> tuple[Make, str, str]:
@@ -297,7 +304,7 @@ def _split(loading: Loading, pipe: Any, engine: str) -> Pipeline:
         pipeline = OpaquePipeline(pipe, engine, threads)
     else:
         loras = _loras(bundle, pipe, manifest, family, loading.loras)
-        controls = _controls(pipe, manifest, family, loading.controlnets)
+        controls = _controls(pipe, manifest, family, loading.companions)
         pipeline = family(pipe, engine, threads, loading.cache, manifest.latent_preview, loras, manifest.speedups, controls)
     bound_torch_vaes(pipe, most_memory(execution, torch.device(pipe.device).type))
     pipeline.owner = bundle
@@ -327,7 +334,7 @@ def _loras(
 
 
 def _controls(
-    pipe: Any, manifest: Manifest, family: type[SteppedPipeline], controlnets: ControlNets | None
+    pipe: Any, manifest: Manifest, family: type[SteppedPipeline], companions: Companions | None
 ) -> ModelControls | OwnControl | NoControls:
     """The controls of a model whose pipeline is `pipe`."""
     if family.reads_control:
@@ -336,7 +343,7 @@ def _controls(
         return NoControls(f"is of the family {manifest.family}, for which there are no ControlNets")
     if manifest.backend == "torch":
         return NoControls("runs in PyTorch, not as graphs")
-    if controlnets is None:
+    if companions is None:
         return NoControls("was loaded without ControlNets")
     denoiser = getattr(pipe, family.denoiser_name)
     if getattr(denoiser, "control", None) is None:
@@ -346,7 +353,7 @@ def _controls(
         why = f" ({part.reason})" if part is not None and "no control" in part.reason.lower() else ""
         how = "--control-graphs" if family.denoiser_name == "transformer" else "this version of img2img"
         return NoControls(f"has no control graph{why or f': export it again with {how}'}")
-    return ModelControls(controlnets, denoiser, int(pipe.vae_scale_factor), _parameters(manifest, family.denoiser_name))
+    return ModelControls(companions, denoiser, int(pipe.vae_scale_factor), _parameters(manifest, family.denoiser_name))
 
 
 def _parameters(manifest: Manifest, component: str) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 from img2img_server.bundle.control_kinds import ControlKind
+from img2img_server.bundle.image_encoders import EncoderWidths
 from img2img_server.bundle.manifest import Manifest, Source, Verification
 from img2img_server.engine.request import Ending, Event, Failed, Request
 from img2img_server.errors import EngineStuck, ShuttingDown
@@ -76,13 +77,15 @@ class Card:
     source_rule: SourceRule = STRETCHED
     request_fields: ModelFields = field(default_factory=lambda: GUIDED)
     control_kind: ControlKind = ()
+    encoder_widths: EncoderWidths | None = None
 
     @classmethod
     def of(cls, model: Model) -> "Card":
         """The card of a model in the registry."""
         manifest = None if model.manifest is None else _brief(model.manifest)
-        memory, kind = model.memory + model.slot_memory, model.control_kind
-        card = cls(model.id, manifest, model.state, memory, model.detail, model.engines, control_kind=kind)
+        memory = model.memory + model.slot_memory
+        kinds: dict[str, Any] = {"control_kind": model.control_kind, "encoder_widths": model.encoder_widths}
+        card = cls(model.id, manifest, model.state, memory, model.detail, model.engines, **kinds)
         pipeline = model.pipeline
         if pipeline is None:
             return card

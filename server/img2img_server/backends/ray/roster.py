@@ -274,6 +274,7 @@ def _model(cards: Iterable[Card], replicas: int) -> Model:
         memory=max(card.memory for card in (best, *others)),
         detail=detail,
         control_kind=best.control_kind,
+        encoder_widths=best.encoder_widths,
     )
 
 

@@ -18,7 +18,8 @@ from img2img_server.bundle.controls import MODE
 from img2img_server.engine.request import ControlUse, Request
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.common.device_copy import send
-from img2img_server.runtime.control.nets import ControlNet, ControlNets, FluxControlNet, Inputs
+from img2img_server.runtime.companions import Companions
+from img2img_server.runtime.control.nets import ControlNet, FluxControlNet, Inputs
 from img2img_server.runtime.control.residuals import Called, of_flux, of_unet
 from img2img_server.runtime.onnx.modules import OnnxDenoiser
 
@@ -60,8 +61,8 @@ class ModelControls:
     """Controls of one model, whose `denoiser` has a control graph. `scale` is the number of pixels of a latent, on each side;
     `parameters` is the denoiser's number of weights."""
 
-    def __init__(self, nets: ControlNets, denoiser: OnnxDenoiser, scale: int, parameters: float = math.inf) -> None:
-        self._nets = nets
+    def __init__(self, companions: Companions, denoiser: OnnxDenoiser, scale: int, parameters: float = math.inf) -> None:
+        self._companions = companions
         self._parameters = parameters
         self._denoiser = denoiser
         self._kind = kind_of_model(denoiser.config, scale)
@@ -75,7 +76,7 @@ class ModelControls:
     def check(self, request: Request) -> None:
         """Checks that the request's ControlNets fit this model, and opens the control graph. Raises InvalidField."""
         for index, use in enumerate(request.controls):
-            net = self._nets.get(use.model)
+            net = self._companions.get(use.model, ControlNet)
             check_fit(f"controls[{index}].model", use.model, net.kind, self._kind)
             _check_mode(f"controls[{index}].{MODE}", use, net.modes)
         if request.controls and self._denoiser.control is not None:
@@ -84,7 +85,7 @@ class ModelControls:
     def work(self, request: Request) -> float:
         """How many times longer a step takes with the request's controls, on average over its steps: a ControlNet takes time in
         proportion to its weights."""
-        each = (self._nets.get(use.model).parameters * (use.end - use.start) for use in request.controls)
+        each = (self._companions.get(use.model, ControlNet).parameters * (use.end - use.start) for use in request.controls)
         return 1 + sum(each) / self._parameters
 
     def of(self, request: Request, device: torch.device) -> tuple[Control, ...]:
@@ -93,7 +94,7 @@ class ModelControls:
         controls = []
         for use in request.controls:
             pixels = np.asarray(use.image, np.float32).transpose(2, 0, 1)[None] / 255
-            net = self._nets.get(use.model)
+            net = self._companions.get(use.model, ControlNet)
             controls.append(Control(net, send(net.pixels(torch.from_numpy(pixels)), device), use))
         return tuple(controls)
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from img2img_server.bundle.controls import FAMILY
 from img2img_server.bundle.files import read_json
 from img2img_server.bundle.manifest import Component, Manifest, WeightFormat
 from img2img_server.errors import BundleError
@@ -136,9 +135,9 @@ class Components:
     def _has_graph(self, name: str) -> bool:
         return (self.bundle / name / _GRAPH).is_file()
 
-    def controlnet(self) -> Graph:
-        """Opens the graph of a ControlNet. Raises BundleError."""
-        return self._graph(FAMILY)
+    def companion(self) -> Graph:
+        """Opens the only graph of a companion. Raises BundleError."""
+        return self._graph(self.manifest.family)
 
     def _control(self, name: str) -> LaterGraph | None:
         """A denoiser's control graph, None if it has none. If LoRAs are enabled, its rows may have LoRAs, too."""

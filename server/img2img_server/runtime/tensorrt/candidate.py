@@ -20,7 +20,7 @@ from img2img_server.engine.request import Pipeline, Request
 from img2img_server.errors import BundleError
 from img2img_server.runtime import accuracy_check
 from img2img_server.runtime.common.device_copy import device_stream, enter_stream
-from img2img_server.runtime.control.nets import ControlNets
+from img2img_server.runtime.companions import Companions
 from img2img_server.runtime.execution import Bucket, Execution
 from img2img_server.runtime.loader import FAMILIES, Loading, assemble
 from img2img_server.runtime.lora.adapters import LoraSettings
@@ -46,7 +46,7 @@ class Workshop:
     """The dependencies of building and opening engines. `machine` names the GPU, the driver and the libraries.
 
     `other` makes runners of the serving provider, for components and sizes without an engine. `tensors` is where runners expect
-    tensors: "cuda", or "cpu" if PyTorch has no CUDA. `loras` and `controlnets` are those of requests.
+    tensors: "cuda", or "cpu" if PyTorch has no CUDA. `loras` and `companions` are those of requests.
     """
 
     execution: Execution
@@ -58,7 +58,7 @@ class Workshop:
     open_graph: Open = open_session
     builder: Sequence[str] = _BUILDER
     loras: LoraSettings | None = None
-    controlnets: ControlNets | None = None
+    companions: Companions | None = None
 
 
 class TensorRTCandidate:
@@ -91,7 +91,7 @@ class TensorRTCandidate:
     def load(self) -> Pipeline:
         """Loads a second pipeline of the bundle, with the engines."""
         shop = self._workshop
-        loading = Loading(self._bundle, self._manifest, shop.execution, shop.cache, shop.loras, shop.controlnets)
+        loading = Loading(self._bundle, self._manifest, shop.execution, shop.cache, shop.loras, shop.companions)
         make = self._maker(loading.threads)
         with DEVICE_IN_USE:
             return assemble(loading, make, "tensorrt", shop.tensors)
@@ -230,7 +230,7 @@ def candidates(
     cache: Cache,
     runner_cache: RunnerCache,
     loras: LoraSettings | None = None,
-    controlnets: ControlNets | None = None,
+    companions: Companions | None = None,
 ) -> list[TensorRTCandidate]:
     """TensorRT candidates of the models that it could run faster; empty if TensorRT or `execution` rules them out."""
     if execution.provider not in ("auto", "tensorrt") or execution.buckets == ():
@@ -242,7 +242,7 @@ def candidates(
         return []
     engines = EngineCache(execution.cache or default_root())
     workshop = Workshop(
-        execution, machine(), engines, cache, runner_cache.make, cuda.tensor_device(), loras=loras, controlnets=controlnets
+        execution, machine(), engines, cache, runner_cache.make, cuda.tensor_device(), loras=loras, companions=companions
     )
     found = []
     for model in filter(_could_be_faster, models):

@@ -1,12 +1,11 @@
-"""The export of a ControlNet: a bundle of its own with one graph, which requests to other models name.
+"""The export of a companion, such as a ControlNet: a bundle of its own with one graph, which requests to other models use.
 
-Its graph is compared with PyTorch. No images are compared, since a ControlNet alone makes none.
+Its graph is compared with PyTorch. No images are compared, since a companion alone makes none.
 """
 
 import dataclasses
 from pathlib import Path
 
-from img2img_server.bundle.controls import FAMILY
 from img2img_server.bundle.manifest import LIMITS
 
 from img2img_export.attempts import Attempt, measured
@@ -20,18 +19,21 @@ from img2img_export.verify.recorded_inputs import Calls
 
 
 def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, progress: Progress) -> Attempt:
-    """Fills the directory `bundle` with the graph of the ControlNet in `source`. Raises ExportError."""
-    converter = Converter(Loader(source, layout, options.variant), {FAMILY: Calls({})}, options, bundle, progress)
+    """Fills the directory `bundle` with the graph of the companion in `source`. Raises ExportError."""
+    planned = plan(layout)
+    name = planned.family
+    converter = Converter(Loader(source, layout, options.variant), {name: Calls({})}, options, bundle, progress)
     try:
-        made = {part.component.name: part for part in converter.convert(FAMILY)}
+        made = {part.component.name: part for part in converter.convert(name)}
     except FAILURES as error:
-        raise ExportError(f"{FAMILY}: {type(error).__name__}: {first_line(error)}") from error
+        raise ExportError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
     found = measured(made)
     limits = {name: float(value) for name, value in dataclasses.asdict(LIMITS[options.precision]).items()}
     verification = dataclasses.replace(found, passed=not found.problems, limits=limits, reference="PyTorch in fp32")
-    return Attempt(plan(layout), tuple(part.component for part in made.values()), verification)
+    return Attempt(planned, tuple(part.component for part in made.values()), verification)
 
 
 def plan(layout: Layout) -> Plan:
-    """What becomes of a ControlNet."""
-    return Plan(layout.pipeline_class, FAMILY, "onnx", (FAMILY,))
+    """What becomes of a companion, whose only component has the name of its family."""
+    (family,) = layout.components
+    return Plan(layout.pipeline_class, family, "onnx", (family,))
