@@ -32,8 +32,8 @@ _KERNELS = {8: quantize_matmul_8bits, 4: quantize_matmul_4bits}
 
 _LEAST_INPUTS = 16
 """Inputs of a linear layer below which it is not quantized."""
-_UNQUANTIZED = ("lm_head", "vis", "projector")
-"""Parts of the names of layers that stay as they are: of logits, which are not read, and of what sees images."""
+_UNQUANTIZED = {"lm_head", "visual", "vision_tower", "vision_model", "multi_modal_projector"}
+"""Modules of transformers' models whose layers stay as they are: those of logits, which are not read, and those that see images."""
 
 
 def quantize_layers(module: torch.nn.Module, weight_format: WeightFormat, group_size: int) -> None:
@@ -42,7 +42,7 @@ def quantize_layers(module: torch.nn.Module, weight_format: WeightFormat, group_
     bits = BITS[weight_format]
     for name, linear in list(module.named_modules()):
         is_large = type(linear) is torch.nn.Linear and linear.in_features >= _LEAST_INPUTS
-        if not is_large or any(part in name for part in _UNQUANTIZED):
+        if not is_large or not _UNQUANTIZED.isdisjoint(name.split(".")):
             continue
         dtype = linear.weight.dtype
         blocks = _Blocks(Weight.of(linear.weight.detach(), dtype).transposed((1, 0)), bits, group_size)

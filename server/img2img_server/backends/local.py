@@ -259,7 +259,7 @@ def local(config: ServerConfig) -> LocalBackend:
         config.default_model,
         config.allow_unverified,
         config.residency,
-        estimates=Estimates(config.loras.folder is not None, config.execution.offload != "none"),
+        estimates=Estimates(config.loras.folder is not None, config.execution.offloads),
     )
 
     def load_models() -> ModelRegistry:

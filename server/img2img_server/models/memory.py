@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from img2img_server.bundle.manifest import Component, Manifest, is_text_encoder
+from img2img_server.bundle.manifest import Component, Manifest
 from img2img_server.engine.request import Pipeline
 from img2img_server.errors import ShuttingDown
 from img2img_server.support.device_lock import DEVICE_IN_USE
@@ -88,11 +88,11 @@ def session_bytes(weights: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Estimates:
-    """Estimates the memory of models in bytes on their device. With `loras` their LoRA graphs are opened, too; with `offloads`
-    the weights of text encoders are not on a GPU."""
+    """Estimates the memory of models in bytes on their device. With `loras` their LoRA graphs are opened, too; weights
+    of the components for which `offloads` is true are not on a GPU."""
 
     loras: bool = False
-    offloads: bool = False
+    offloads: Callable[[str], bool] = lambda component: False
 
     def weights(self, manifest: Manifest) -> int:
         """The size of a bundle's weights."""
@@ -108,8 +108,7 @@ class Estimates:
         return measured(grown, self.weights(manifest), self.memory(manifest))
 
     def _counted(self, manifest: Manifest) -> list[Component]:
-        offloads = self.offloads and uses_gpu()
-        return [component for component in manifest.components if not (offloads and is_text_encoder(component.name))]
+        return [component for component in manifest.components if not (uses_gpu() and self.offloads(component.name))]
 
 
 PLAIN = Estimates()
