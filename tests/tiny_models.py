@@ -69,7 +69,7 @@ def _stable_diffusion_2(directory: Path) -> None:
     """Like SD 2.1: v-prediction, DDIM, a list of head sizes, linear projections."""
     tokenizer = save_tokenizer(directory / "tokenizer", pad_token="!")
     text_encoder = CLIPTextModel(text_config(tokenizer, "gelu"))
-    predictor = unet(attention_head_dim=[2, 4, 4], use_linear_projection=True)
+    predictor = unet(attention_head_dim=[2, 4], use_linear_projection=True)
     scheduler = DDIMScheduler(**BETAS, prediction_type="v_prediction", steps_offset=1, clip_sample=False, set_alpha_to_one=False)
     _save_stable_diffusion(directory, tokenizer, text_encoder, predictor, scheduler)
 
@@ -163,8 +163,6 @@ def _deepfloyd_if(directory: Path) -> None:
             sample_size=32,
             in_channels=3,
             out_channels=6,
-            layers_per_block=1,
-            block_out_channels=(16, 32),
             down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
             mid_block_type="UNetMidBlock2DSimpleCrossAttn",
             up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
@@ -207,15 +205,15 @@ def _save_stable_diffusion(
     ).save_pretrained(directory, safe_serialization=True)
 
 
-def _unet_xl(text_width: int, time_ids: int, in_channels: int = 4) -> UNet2DConditionModel:
+def _unet_xl(text_width: int, time_ids: int, in_channels: int = 4, layers: int = 1) -> UNet2DConditionModel:
+    """SDXL's own has several `layers` in a transformer; for its relatives one is enough."""
     return unet(
         in_channels=in_channels,
-        block_out_channels=(16, 32),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=text_width,
         attention_head_dim=[2, 4],
-        transformer_layers_per_block=[1, 2],
+        transformer_layers_per_block=[1, layers],
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
@@ -263,7 +261,7 @@ def _save_stable_diffusion_xl(
         text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer_2, "gelu")).eval(),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
-        unet=_unet_xl(2 * TEXT_WIDTH, time_ids=6, in_channels=in_channels),
+        unet=_unet_xl(2 * TEXT_WIDTH, time_ids=6, in_channels=in_channels, layers=2 if in_channels == 4 else 1),
         scheduler=_euler(),
         force_zeros_for_empty_prompt=True,
     ).save_pretrained(directory, safe_serialization=True)

@@ -172,13 +172,13 @@ def test_tensors_without_effect_are_omitted(stored: Weights, tiny_model: Get, tm
 def test_unused_last_layer_of_stable_diffusion_2_is_omitted(tiny_model: Get, tmp_path: Path) -> None:
     weights = load_file(write_single_file(tiny_model("sd2"), tmp_path / "whole.safetensors"))
     layer = "cond_stage_model.model.transformer.resblocks.{}.ln_1.weight"
-    spare = {layer.format(3): torch.ones(32), "cond_stage_model.model.logit_scale": torch.ones(())}
+    spare = {layer.format(2): torch.ones(32), "cond_stage_model.model.logit_scale": torch.ones(())}
     projection = {"cond_stage_model.model.text_projection": torch.ones(32, 32), "cond_stage_model.model.attn_mask": torch.ones(7)}
     view = convert({**weights, **spare, **projection}, tiny_model("sd2"), tmp_path)
     assert_equal(weights_of(view), weights_of(tiny_model("sd2")))
     (tmp_path / "other").mkdir()
-    with pytest.raises(ExportError, match=r"resblocks.4.ln_1"):
-        convert({**weights, layer.format(4): torch.ones(32)}, tiny_model("sd2"), tmp_path / "other")
+    with pytest.raises(ExportError, match=r"resblocks.3.ln_1"):
+        convert({**weights, layer.format(3): torch.ones(32)}, tiny_model("sd2"), tmp_path / "other")
 
 
 TRAILING = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

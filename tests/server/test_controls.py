@@ -314,6 +314,7 @@ def test_a_controlnet_fits_the_models_whose_graphs_have_its_residuals(bundle: Ge
     """What the configurations say, for every pair: the same as the graphs' inputs and outputs. Nothing is loaded for it."""
     models = ("sd1", "sd2", "sdxl", "refiner", "flux-dev:fp32:controls")
     nets = ("sd1-a", "sdxl-a", "sdxl-u", "flux-dev-a", "flux-dev-x")
+    shared = {"sample", "hidden_states", "encoder_hidden_states", "text_embeds", "time_ids", "pooled_projections"}
     widths = {}
     for name in (*models, *nets):
         path = bundle(name) if name in models else control_bundle(name)
@@ -322,12 +323,16 @@ def test_a_controlnet_fits_the_models_whose_graphs_have_its_residuals(bundle: Ge
         session = ort.InferenceSession(path / (part.control or "controlnet/model.onnx"), providers=["CPUExecutionProvider"])
         ends = [*session.get_inputs(), *(session.get_outputs() if name in nets else ())]
         channels = {end.name: end.shape[3 if "block_samples" in end.name else -1 if len(end.shape) != 4 else 1] for end in ends}
-        shared = {"sample", "hidden_states", "encoder_hidden_states", "text_embeds", "time_ids", "pooled_projections"}
         widths[name] = {key: value for key, value in channels.items() if key in shared or "residual" in key or "samples" in key}
         (tmp_path / name).symlink_to(path)
     registry = ModelRegistry.find_bundles(tmp_path, lambda bundle, manifest: FakePipeline())
     found = {name: set(registry.controlnets(registry.get(name))) for name in models}
-    assert found == {name: {net for net in nets if widths[net].items() <= widths[name].items()} for name in models}
+
+    def fits(net: dict[str, Any], model: dict[str, Any]) -> bool:
+        """It gives residuals of the model's widths, and reads all that the model does."""
+        return net.items() <= model.items() and net.keys() & shared == model.keys() & shared
+
+    assert found == {name: {net for net in nets if fits(widths[net], widths[name])} for name in models}
     assert found["sd1"] == {"sd1-a"}
     assert found["flux-dev:fp32:controls"] == {"flux-dev-a", "flux-dev-x"}
     assert registry.controlnets(registry.get("sdxl"), lambda name: name != "sdxl-u") == ["sdxl-a"], (
