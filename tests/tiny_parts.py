@@ -117,8 +117,8 @@ def t5_encoder(tokenizer: T5TokenizerFast, width: int) -> T5EncoderModel:
 
 
 def unet(**changes: Any) -> UNet2DConditionModel:
-    """A UNet like that of Stable Diffusion 1, but for `changes` of its configuration. It has every kind of block, each of them once:
-    half of an export is what torch traces of it."""
+    """A UNet like that of Stable Diffusion 1, but for `changes` of its configuration. It has every kind of block, each of them
+    once: half of an export is what torch traces of it."""
     settings: dict[str, Any] = {
         "sample_size": SAMPLE_SIZE,
         "in_channels": 4,
