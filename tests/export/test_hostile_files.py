@@ -163,7 +163,7 @@ def test_hard_linked_files_are_not_changed(model: Path) -> None:
 
 
 LARGE: dict[str, tuple[str, dict[str, Any]]] = {
-    "channels": ("unet", {"block_out_channels": [8000, 16000, 16000]}),
+    "channels": ("unet", {"block_out_channels": [8000, 16000]}),
     "layers": ("unet", {"layers_per_block": 1_000_000}),
     "layers of a VAE": ("vae", {"layers_per_block": 1_000_000}),
     "layers of a text encoder": ("text_encoder", {"num_hidden_layers": 10_000_000}),
