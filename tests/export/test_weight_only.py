@@ -205,7 +205,7 @@ def test_weights_of_int8_graphs_are_not_quantized_again(tiny_model: Get, tmp_pat
 
 
 def test_weights_of_a_controlnet_are_not_quantized(tiny_controlnet: Get, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="--weight-format applies to .* is a single component"):
+    with pytest.raises(ExportError, match=r"--weight-format applies to .* is a single component"):
         export_model(ExportOptions(str(tiny_controlnet("sd1-a")), tmp_path / "out", weight_format="int8"))
 
 
