@@ -16,10 +16,6 @@ from img2img_server.runtime.onnx.runners import Runner, dtype_of
 Shapes = tuple[tuple[int, ...], ...]
 """The shape of each input of a graph, in the graph's order."""
 
-_TRIAL = 8
-"""Height and width in latents of a trial run: small, and divisible as often as any UNet downsamples."""
-
-
 class Sizes:
     """The sizes of the axes of a bundle's graphs for a bucket.
 
@@ -32,11 +28,16 @@ class Sizes:
         encoders = [_config(bundle, name).get("max_position_embeddings") for name in ("text_encoder", "text_encoder_2")]
         self._tokens = next((count for count in encoders if isinstance(count, int)), None)
         sides = latent_size(unet.get("sample_size"))
+        self._trial = max(8, 2 ** len(unet.get("block_out_channels", ())))
         self.native = Bucket(sides[0] * self._scale, sides[1] * self._scale, 2) if sides is not None else None
 
     def trial(self) -> Bucket:
-        """A small bucket for trial runs."""
-        return Bucket(_TRIAL * self._scale, _TRIAL * self._scale, 1)
+        """A small bucket for trial runs, whose image has 2 x 2 places at the UNet's deepest level.
+
+        With 1 x 1 there in its first run, OpenVINO's graph for any shape gave NaN in bfloat16 for every larger image from then on
+        (2026.4, two UNets of three and four levels; in float32, and if the first run was larger, it was right).
+        """
+        return Bucket(self._trial * self._scale, self._trial * self._scale, 1)
 
     def axes(self, name: str, inputs: Sequence[Any], bucket: Bucket) -> dict[str, int] | None:
         """The size of each dynamic axis in the inputs of the component `name`, by axis name; None if one is unknown."""
