@@ -16,6 +16,7 @@ from img2img_server.runtime.onnx.runners import Runner, dtype_of
 Shapes = tuple[tuple[int, ...], ...]
 """The shape of each input of a graph, in the graph's order."""
 
+
 class Sizes:
     """The sizes of the axes of a bundle's graphs for a bucket.
 
