@@ -49,13 +49,13 @@ class FakeGraph:
         self.calls = 0
         self._fails = fails
         self.inputs = [SimpleNamespace(name=key, shape=shape, type="tensor(float)") for key, shape in inputs.items()]
-        self.outputs = [SimpleNamespace(name="out", shape=[], type="tensor(float)")]
+        self.outputs = [SimpleNamespace(name="out", shape=["out.0"], type="tensor(float)")]
 
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         if self._fails:
             raise RuntimeError("no such kernel")
         self.calls += 1
-        return [torch.zeros(1)]
+        return [torch.stack([tensor.flatten(1)[:, 0] for tensor in feed.values() if tensor.dim() > 1]).sum(0)]
 
 
 class FakeCompiler:
@@ -142,6 +142,13 @@ def _feed(rows: int, height: int, width: int) -> dict[str, torch.Tensor]:
     }
 
 
+def _calls(compiler: FakeCompiler, runner: Runner, feed: dict[str, torch.Tensor]) -> tuple[list[int], torch.Tensor]:
+    """The calls of each graph in a run, and its result."""
+    before = [item.calls for item in compiler.graphs]
+    (result,) = runner.run(feed)
+    return [item.calls - earlier for item, earlier in zip(compiler.graphs, before, strict=True)], result
+
+
 def test_configured_shapes_get_their_own_graph_and_others_share_one(folder: Path) -> None:
     compiler = FakeCompiler(UNET)
     runner = _make(folder, compiler, Execution(buckets=(Bucket(64, 64, 2), Bucket(128, 64, 4))))
@@ -152,29 +159,63 @@ def test_configured_shapes_get_their_own_graph_and_others_share_one(folder: Path
         {"sample": (4, 4, 8, 16), "timestep": (4,), "encoder_hidden_states": (4, 77, 8)},
     ]
     for rows, height, width, graph in ((2, 8, 8, small), (4, 8, 16, wide), (4, 16, 8, free), (1, 8, 8, free), (2, 9, 8, free)):
-        before = [item.calls for item in compiler.graphs]
-        runner.run(_feed(rows, height, width))
-        assert [item.calls - earlier for item, earlier in zip(compiler.graphs, before, strict=True)] == [
-            int(item is graph) for item in compiler.graphs
-        ]
+        assert _calls(compiler, runner, _feed(rows, height, width))[0] == [int(item is graph) for item in compiler.graphs]
+
+
+@pytest.mark.parametrize(
+    ("rows", "calls"),
+    [(1, (1, 0, 0)), (2, (0, 1, 0)), (3, (1, 1, 0)), (6, (0, 3, 0)), (8, (0, 0, 1)), (13, (1, 2, 1)), (16, (0, 0, 2))],
+)
+def test_more_rows_than_a_graph_has_run_in_parts(rows: int, calls: tuple[int, ...], folder: Path) -> None:
+    """In the order of the rows; the graph for any shape has what is left."""
+    compiler = FakeCompiler(UNET)
+    runner = _make(folder, compiler, Execution(buckets=(Bucket(64, 64, 2), Bucket(64, 64, 8))))
+    feed = _feed(rows, 8, 8)
+    feed["sample"] += torch.arange(rows)[:, None, None, None]
+    feed["encoder_hidden_states"] += 100 * torch.arange(rows)[:, None, None]
+    made, result = _calls(compiler, runner, feed)
+    assert made == list(calls)
+    assert torch.equal(result, 101.0 * torch.arange(rows))
+    other_size = _calls(compiler, runner, _feed(rows, 8, 16))
+    assert other_size[0] == [1, 0, 0]
+
+
+def test_graphs_whose_first_axis_is_fixed_are_not_divided(folder: Path) -> None:
+    """Though that axis is as long as a call's rows."""
+    graph, fixed = (FakeGraph(UNET | {"scale": [4]}) for _ in range(2))
+    runner = BucketRunner(graph, {((2, 4, 8, 8), (2,), (2, 77, 8), (4,)): fixed})
+    for rows, calls in ((4, (1, 0)), (2, (1, 1))):
+        runner.run(_feed(rows, 8, 8) | {"scale": torch.ones(4)})
+        assert (graph.calls, fixed.calls) == calls
 
 
 @pytest.mark.parametrize(
     ("name", "inputs", "buckets", "expected"),
     [
-        ("unet", UNET, None, [(2, 4, 8, 8), (2,), (2, 77, 8)]),
-        ("vae_decoder", DECODER, None, [(1, 4, 8, 8)]),
-        ("vae_decoder", DECODER, (Bucket(64, 128, 6),), [(3, 4, 16, 8)]),
-        ("vae_encoder", {"sample": ["sample.0", 3, "sample.2", "sample.3"]}, (Bucket(64, 128, 1),), [(1, 3, 128, 64)]),
-        ("unet", UNET | {"time_ids": ["time_ids.0", 6]}, None, [(2, 4, 8, 8), (2,), (2, 77, 8), (2, 6)]),
+        ("unet", UNET, None, [[(2, 4, 8, 8), (2,), (2, 77, 8)], [(8, 4, 8, 8), (8,), (8, 77, 8)]]),
+        ("vae_decoder", DECODER, None, [[(1, 4, 8, 8)]]),
+        ("vae_decoder", DECODER, (Bucket(64, 128, 6),), [[(3, 4, 16, 8)]]),
+        ("vae_encoder", {"sample": ["sample.0", 3, "sample.2", "sample.3"]}, (Bucket(64, 128, 1),), [[(1, 3, 128, 64)]]),
+        (
+            "unet",
+            UNET | {"time_ids": ["time_ids.0", 6]},
+            None,
+            [[(2, 4, 8, 8), (2,), (2, 77, 8), (2, 6)], [(8, 4, 8, 8), (8,), (8, 77, 8), (8, 6)]],
+        ),
     ],
 )
-def test_by_default_the_native_size_is_prepared_with_two_rows(
-    name: str, inputs: Axes, buckets: tuple[Bucket, ...] | None, expected: list[tuple[int, ...]], folder: Path
+def test_by_default_the_native_size_is_prepared_with_two_and_eight_rows(
+    name: str,
+    inputs: Axes,
+    buckets: tuple[Bucket, ...] | None,
+    expected: list[list[tuple[int, ...]]],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cpu, "available_memory", lambda: 2**30)
     compiler = FakeCompiler(inputs)
     _make(folder, compiler, Execution(buckets=buckets), name=name)
-    assert compiler.asked == [None, dict(zip(inputs, expected, strict=True))]
+    assert compiler.asked == [None, *(dict(zip(inputs, shapes, strict=True)) for shapes in expected)]
 
 
 @pytest.mark.parametrize(
@@ -203,6 +244,10 @@ def test_static_graph_that_exceeds_memory_is_skipped_unless_configured(
         compiler = FakeCompiler(UNET)
         _make(folder, compiler, execution, manifest)
         assert len(compiler.asked) == graphs
+    monkeypatch.setattr(cpu, "available_memory", lambda: 63 * 2**30)
+    compiler = FakeCompiler(UNET)
+    _make(folder, compiler, Execution(), manifest)
+    assert len(compiler.asked) == 2, "two rows, but not eight: the graph takes more than a sixteenth"
     assert "4.0 of the available 7.0 GiB; --buckets 64x64:2 forces it" in caplog.text
 
 
@@ -284,9 +329,14 @@ def test_float32_images_match_the_cpu_provider(
         assert _difference(pipeline, exact, request) <= 1
 
 
+def _latents(decoder: Runner) -> torch.Tensor:
+    """Random latents of 8 x 8, with the decoder's number of channels."""
+    return torch.randn(1, decoder.inputs[0].shape[1], 8, 8, generator=torch.Generator().manual_seed(1))
+
+
 def test_results_are_not_overwritten_by_the_next_run(bundle: Callable[[str], Path]) -> None:
     runner = Compiler(1, "f32")(bundle("demo") / "vae_decoder" / "model.onnx")
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    latents = _latents(runner)
     (first,) = runner.run({"latent_sample": latents})
     kept = first.clone()
     runner.run({"latent_sample": 2 * latents})
@@ -295,8 +345,9 @@ def test_results_are_not_overwritten_by_the_next_run(bundle: Callable[[str], Pat
 
 def test_compiled_graphs_are_cached_and_damaged_ones_recompiled(bundle: Callable[[str], Path], tmp_path: Path) -> None:
     graph = bundle("demo") / "vae_decoder" / "model.onnx"
-    latents = {"latent_sample": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))}
-    (expected,) = Compiler(1, "f32", tmp_path)(graph).run(latents)
+    first = Compiler(1, "f32", tmp_path)(graph)
+    latents = {"latent_sample": _latents(first)}
+    (expected,) = first.run(latents)
     (blob,) = tmp_path.glob("*.blob")
     written = blob.stat().st_mtime_ns
     assert torch.equal(Compiler(1, "f32", tmp_path)(graph).run(latents)[0], expected)

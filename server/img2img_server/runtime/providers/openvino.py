@@ -1,4 +1,4 @@
-"""OpenVINO: ONNX graphs compiled by its CPU plugin: one graph of fixed shapes for each common size, one for all other shapes.
+"""OpenVINO: ONNX graphs compiled by its CPU plugin: graphs of fixed shapes for each common size, one for all other shapes.
 
 On CPUs that multiply bfloat16 (AVX512_BF16, AMX) it computes in bfloat16, on others in float32. The accuracy check
 (accuracy_check.py) decides whether bfloat16 may be used. Graphs that OpenVINO does not run are on ONNX Runtime's CPU provider,
@@ -11,7 +11,7 @@ import importlib.metadata
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,12 @@ _GROWTH = {"fp32": 1.1, "fp16": 4.0, "bf16": 4.0}
 """Memory of a compiled graph as a multiple of its weights' bytes: OpenVINO keeps a copy in its kernels' layout, and a float32
 copy if the file has less. Measured with Stable Diffusion 1.5's UNet in ONNX Runtime's plugin of OpenVINO: 3.4 GiB of private
 memory in fp32 (3.2 GiB of weights, whose mapped file all share), 6.5 GiB in fp16 (1.6 GiB of weights)."""
+_WIDE_ROWS = 8
+"""Rows of a second graph of the denoiser at the native size. The demo model's UNet in bfloat16 took 5.3 ms of CPU time for a row
+in a graph of 2 rows, 4.4 of 8, 4.2 of 16, and 5.3 to 8.0 in the graph for any shape (docs/benchmarks.md)."""
+_PART, _WIDE_PART = 2, 16
+"""A graph for the native size may take this part of the available memory, one of half and one of a sixteenth. The wide graph is a
+further copy of the weights, and pays for small models: large ones have enough work in two rows."""
 _MOST_CACHED = 32 * 2**30
 """Maximum bytes of compiled graphs on disk; the oldest are deleted."""
 
@@ -87,7 +93,11 @@ class OpenVinoRunner:
 
 
 class BucketRunner:
-    """A graph with runners of fixed shapes, and one runner for all other shapes."""
+    """A graph with runners of fixed shapes, and one runner for all other shapes.
+
+    If the first axis of all inputs and outputs is the rows (or images) of a call, a call of more rows runs in parts: in the
+    runners of its other axes, largest first. The rest, fewer rows than any of these has, runs in the runner for any shape.
+    """
 
     def __init__(self, any_shape: Runner, fixed: Mapping[Shapes, Runner]) -> None:
         self._any_shape = any_shape
@@ -95,11 +105,36 @@ class BucketRunner:
         self.inputs: Sequence[Any] = any_shape.inputs
         self.outputs: Sequence[Any] = any_shape.outputs
         self._names = [item.name for item in self.inputs]
+        self._by_row: dict[Shapes, list[tuple[int, Runner]]] = {}
+        if all(item.shape and isinstance(item.shape[0], str) for item in (*self.inputs, *self.outputs)):
+            for shapes, runner in sorted(fixed.items(), key=lambda item: item[0][0], reverse=True):
+                self._by_row.setdefault(_of_one_row(shapes), []).append((shapes[0][0], runner))
 
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Runs the graph on CPU tensors, in the runner of their shapes, if there is one."""
+        """Runs the graph on CPU tensors."""
         shapes = tuple(tuple(feed[name].shape) for name in self._names)
-        return self._fixed.get(shapes, self._any_shape).run(feed)
+        whole = self._fixed.get(shapes)
+        if whole is not None:
+            return whole.run(feed)
+        parts = self._parts(shapes)
+        if len(parts) == 1:
+            return parts[0][1].run(feed)
+        results: list[list[torch.Tensor]] = []
+        start = 0
+        for rows, runner in parts:
+            results.append(runner.run({name: feed[name][start : start + rows] for name in self._names}))
+            start += rows
+        return [torch.cat(pieces) for pieces in zip(*results, strict=True)]
+
+    def _parts(self, shapes: Shapes) -> list[tuple[int, Runner]]:
+        """The runners of a call in turn, with the rows of each."""
+        left = shapes[0][0] if shapes and shapes[0] else 0
+        parts: list[tuple[int, Runner]] = []
+        if all(shape and shape[0] == left for shape in shapes):
+            for rows, runner in self._by_row.get(_of_one_row(shapes), ()):
+                parts += [(rows, runner)] * (left // rows)
+                left %= rows
+        return parts if parts and not left else [*parts, (left, self._any_shape)]
 
 
 class Compiler:
@@ -140,9 +175,7 @@ class Graphs:
 
     def __init__(self, execution: Execution, bundle: Path, manifest: Manifest, open_graph: Open, compiler: Compiler) -> None:
         self._sizes = Sizes(bundle)
-        native = (self._sizes.native,) if self._sizes.native is not None else ()
-        self._asked = execution.buckets is not None
-        self._buckets = native if execution.buckets is None else execution.buckets
+        self._asked = execution.buckets
         self._bundle = bundle
         self._manifest = manifest
         self._open = open_graph
@@ -186,9 +219,9 @@ class Graphs:
             try_on_zeros(graph, any_shape, trial)
         fixed: dict[Shapes, Runner] = {}
         made = []
-        for bucket in self._buckets if not name.startswith("text_encoder") else ():
+        for bucket, part in self._buckets(name):
             axes = self._sizes.axes(name, any_shape.inputs, bucket)
-            if axes and self._has_room(name, bucket):
+            if axes and self._has_room(name, bucket, part):
                 shapes = shapes_of(any_shape.inputs, axes)
                 names = [item.name for item in any_shape.inputs]
                 fixed[shapes] = self._compile(graph, dict(zip(names, shapes, strict=True)))
@@ -199,19 +232,32 @@ class Graphs:
         _log.info("%s: %s runs on openvino in %s, %d threads%s", self._bundle.name, name, arithmetic, threads, sizes)
         return BucketRunner(any_shape, fixed) if fixed else any_shape
 
-    def _has_room(self, name: str, bucket: Bucket) -> bool:
+    def _buckets(self, name: str) -> list[tuple[Bucket, int]]:
+        """The buckets of a component; one by default is made if it takes at most one of so many parts of the available memory."""
+        native = self._sizes.native
+        if name.startswith("text_encoder"):
+            return []
+        if self._asked is not None:
+            return [(bucket, 1) for bucket in self._asked]
+        if native is None:
+            return []
+        wide = [(replace(native, rows=_WIDE_ROWS), _WIDE_PART)] if name == "unet" else []
+        return [(native, _PART), *wide]
+
+    def _has_room(self, name: str, bucket: Bucket, part: int) -> bool:
         """Whether there is enough memory for a graph of fixed shapes. Always true for buckets that the operator set."""
         component = next((item for item in self._manifest.components if item.name == name), None)
-        if component is None or self._asked:
+        if component is None or self._asked is not None:
             return True
         needed = _GROWTH.get(component.precision, 4.0) * component.bytes
         left = cpu.available_memory()
-        if needed > left / 2:
-            _log.warning(
+        if needed > left / part:
+            _log.log(
+                logging.WARNING if part == _PART else logging.INFO,
                 "%s: no graph for %s, which could take %.1f of the available %.1f GiB; --buckets %s forces it",
                 *(name, bucket, needed / 2**30, left / 2**30, bucket),
             )
-        return needed <= left / 2
+        return needed <= left / part
 
 
 def runners(
@@ -243,6 +289,11 @@ def prune(folder: Path, most: int = _MOST_CACHED) -> None:
             kept += path.stat().st_size
             if kept > most:
                 path.unlink(missing_ok=True)
+
+
+def _of_one_row(shapes: Shapes) -> Shapes:
+    """The shapes without their first axis."""
+    return tuple(shape[1:] for shape in shapes)
 
 
 def _port(item: Any) -> Port:
