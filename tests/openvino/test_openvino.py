@@ -26,8 +26,8 @@ from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Bucket, Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.onnx.providers import choose, probe
-from img2img_server.runtime.onnx.runners import Runner
-from img2img_server.runtime.onnx.sessions import SessionOptions
+from img2img_server.runtime.onnx.runners import HostRunner, Runner
+from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
 from img2img_server.runtime.providers import openvino
 from img2img_server.runtime.providers.openvino import BucketRunner, Compiler, Graphs
 from PIL import Image
@@ -334,6 +334,27 @@ def _latents(decoder: Runner) -> torch.Tensor:
     return torch.randn(1, decoder.inputs[0].shape[1], 8, 8, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_the_graph_for_any_shape_is_right_after_a_call_of_one_place(
+    is_cached: bool, bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One at the UNet's deepest level: OpenVINO's fused kernels are wrong after it, by 13 % of the output in the second call."""
+    graph = bundle("demo") / "unet" / "model.onnx"
+    exact = HostRunner(open_session(graph, SessionOptions("cpu", 1)))
+    if is_cached:
+        Compiler(1, "f32", tmp_path)(graph)
+    runner = Compiler(1, "f32", tmp_path)(graph)
+    generator = torch.Generator().manual_seed(1)
+    for rows, side in ((1, 4), (2, 16), (3, 8)):
+        sizes = {"sample": (rows, runner.inputs[0].shape[1], side, side), "timestep": (rows,)}
+        feed = {
+            item.name: torch.randn(sizes.get(item.name, (rows, 77, item.shape[-1])), generator=generator)
+            for item in runner.inputs
+        }
+        (expected,), (result,) = exact.run(feed), runner.run(feed)
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_results_are_not_overwritten_by_the_next_run(bundle: Callable[[str], Path]) -> None:
     runner = Compiler(1, "f32")(bundle("demo") / "vae_decoder" / "model.onnx")
     latents = _latents(runner)
@@ -348,7 +369,7 @@ def test_compiled_graphs_are_cached_and_damaged_ones_recompiled(bundle: Callable
     first = Compiler(1, "f32", tmp_path)(graph)
     latents = {"latent_sample": _latents(first)}
     (expected,) = first.run(latents)
-    (blob,) = tmp_path.glob("*.blob")
+    (blob,) = tmp_path.rglob("*.blob")
     written = blob.stat().st_mtime_ns
     assert torch.equal(Compiler(1, "f32", tmp_path)(graph).run(latents)[0], expected)
     assert blob.stat().st_mtime_ns == written
