@@ -193,6 +193,12 @@ def control_bundle(shared: Path, tiny_controlnet: Callable[[str], Path]) -> Call
     return functools.cache(functools.partial(_companion_bundle, shared, "control-bundles", tiny_controlnet))
 
 
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test begins with an empty cache; `own_cache` is that of the whole session."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_image_encoder(shared: Path) -> Callable[[str], Path]:
     """Gives the directory of a tiny CLIP image encoder: "h", or "g", which is wider."""

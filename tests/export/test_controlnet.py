@@ -26,9 +26,7 @@ from short_exports import brief, cut_short
 Get = Callable[[str], Path]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.mark.parametrize("name", ["sd1-a", "sdxl-a", "sdxl-u"])

@@ -31,9 +31,7 @@ from short_exports import cut_short
 Get = Callable[[str], Path]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def fused(model: Path, *terms: tuple[Pairs, float | Callable[[str], float]]) -> Weights:

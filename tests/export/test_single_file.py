@@ -12,10 +12,7 @@ from safetensors.torch import load_file, save_file
 from single_files import assert_equal, fill, weights_of, write_single_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture

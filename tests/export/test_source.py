@@ -30,9 +30,7 @@ PARTS = ("model.diffusion_model.x", "first_stage_model.x", "cond_stage_model.x")
 """A tensor of each part that a whole model in one file has."""
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture

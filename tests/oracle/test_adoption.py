@@ -35,7 +35,7 @@ def test_adopted_graphs_are_verified_against_their_source_model(exported: Path, 
     outcome = adopt(exported, tmp_path / "out", tiny_model("sd1"))
     manifest = outcome.manifest
     check_bundle(outcome.path, manifest)
-    assert (manifest.backend, manifest.family, manifest.size_multiple) == ("onnx", "whole", 32)
+    assert (manifest.backend, manifest.family, manifest.size_multiple) == ("onnx", "whole", 16)
     assert manifest.backend_reason == "its UNet takes one timestep per batch"
     assert manifest.verification.reference == "diffusers in fp32"
     assert {part.component for part in manifest.verification.components} == {part.name for part in manifest.components}
@@ -49,7 +49,7 @@ def test_without_the_source_model_the_reference_is_optimum(exported: Path, tmp_p
     assert outcome.manifest.verification.reference == "optimum's pipeline over the same graphs"
     assert outcome.manifest.verification.passed
     pipeline = load_pipeline(outcome.path, outcome.manifest, Execution("cpu"))
-    assert pipeline.size_multiple == 32
+    assert pipeline.size_multiple == 16
     request = make_request(image=sample_image(96, 64), prompt="a lake", seeds=(1,))
     (image,) = run_alone(pipeline, request)
     assert image.size == (96, 64)

@@ -33,7 +33,8 @@ _KERNELS = {8: quantize_matmul_8bits, 4: quantize_matmul_4bits}
 _LEAST_INPUTS = 16
 """Inputs of a linear layer below which it is not quantized."""
 _UNQUANTIZED = {"lm_head", "visual", "vision_tower", "vision_model", "multi_modal_projector"}
-"""Modules of transformers' models whose layers stay as they are: of logits, which are not read, and those that see images."""
+"""Modules of transformers' models that are not quantized: the head for logits, which are not computed, and the image encoders
+with their projections."""
 
 
 def quantize_layers(module: torch.nn.Module, weight_format: WeightFormat, group_size: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from img2img_server.bundle import controls, image_encoders
+from img2img_server.bundle.companions import NAMES
 from img2img_server.bundle.unsafe_files import INDEX, refuse_unsafe_config, refuse_unsafe_parts
 from img2img_server.errors import BundleError
 
@@ -134,15 +135,12 @@ def _choose_component(config: Any, names: list[str], options: ExportOptions) -> 
         raise ExportError(
             f"{options.source} is quantized (quantization_config in its config.json): export it in fp16, bf16 or fp32"
         )
-    _refuse_for_companions(options, _COMPANIONS[family])
+    _refuse_for_companions(options, NAMES[family])
     own = [name for name in names if "/" not in name]
     if code := [name for name in own if name.endswith(".py")]:
         raise ExportError(f"the checkpoint contains custom code ({code[0]}), which is never run")
     weights = _weights(options.source, list(filter(_is_component_weights, own)), options.variant)
     return Layout(name, {family: (library, name)}, ()), sorted([CONFIG_NAME, *weights])
-
-
-_COMPANIONS = {controls.FAMILY: "a ControlNet", image_encoders.FAMILY: "an image encoder"}
 
 
 def _class_of_component(config: Any) -> tuple[str, str]:

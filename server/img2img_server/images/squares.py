@@ -3,8 +3,7 @@
 from PIL import Image
 
 _LONGEST = 64
-"""The largest ratio of an image's sides: longer ones lose their ends first, so that what is resized is not
-large."""
+"""The largest ratio of an image's sides that is resized. The ends of longer images are cut off first, to bound memory."""
 
 
 def centered_square(image: Image.Image, side: int) -> Image.Image:

@@ -106,7 +106,7 @@ class Companion:
 
 
 class Companions:
-    """The companions in memory, by the id of their model. Requests keep those that they name in memory. Thread-safe."""
+    """The companions in memory, by model id. One is not evicted while a request that names it waits or runs. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
