@@ -42,7 +42,7 @@ copy if the file has less. Measured with Stable Diffusion 1.5's UNet in ONNX Run
 memory in fp32 (3.2 GiB of weights, whose mapped file all share), 6.5 GiB in fp16 (1.6 GiB of weights)."""
 _WIDE_ROWS = 8
 """Rows of a second graph of the denoiser at the native size. The demo model's UNet in bfloat16 took 5.3 ms of CPU time for a row
-in a graph of 2 rows, 4.4 of 8, 4.2 of 16, and 5.3 to 8.0 in the graph for any shape (docs/benchmarks.md)."""
+in a graph of 2 rows, 4.2 of 8, 4.1 of 16, and 5.3 to 8.7 in the graph for any shape (2026-11-30, AVX512_BF16, one thread)."""
 _PART, _WIDE_PART = 2, 16
 """A graph for the native size may take this part of the available memory, one of half and one of a sixteenth. The wide graph is a
 further copy of the weights, and pays for small models: large ones have enough work in two rows."""
