@@ -91,13 +91,13 @@ def _save_merges(directory: Path, vocabulary: list[str], merges: list[tuple[str,
     (directory / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def text_config(tokenizer: CLIPTokenizer, activation: str = "quick_gelu") -> CLIPTextConfig:
+def text_config(tokenizer: CLIPTokenizer, activation: str = "quick_gelu", layers: int = 2) -> CLIPTextConfig:
     """The configuration of a CLIP text encoder for `tokenizer`."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=77,
         hidden_act=activation,

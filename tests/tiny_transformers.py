@@ -140,7 +140,8 @@ def _save_flux(
     pipeline_class(
         scheduler=scheduler,
         vae=vae(0.3611, channels=CHANNELS, shift_factor=0.1159),
-        text_encoder=CLIPTextModel(text_config(tokenizer)).eval(),
+        # Three layers: with two, its random weights are such that kept features change images by 1/255 at most.
+        text_encoder=CLIPTextModel(text_config(tokenizer, layers=3)).eval(),
         tokenizer=tokenizer,
         text_encoder_2=t5_encoder(tokenizer_2, TEXT_WIDTH),
         tokenizer_2=tokenizer_2,
