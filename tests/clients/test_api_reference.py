@@ -112,9 +112,10 @@ def test_empty_request_gets_the_documented_defaults(
     assert answer.images[0].format == pb.OUTPUT_FORMAT_PNG
     assert answer.images[0].data.startswith(b"\x89PNG")
     # Those have none: one is required, and without the other it is the server that chooses.
-    none = {name: told.pop(name).partition(",")[0] for name in ("fit", "mask", "reference_images", "loras", "controls")}
+    lists = ("reference_images", "loras", "controls", "image_prompts")
+    none = {name: told.pop(name).partition(",")[0] for name in ("fit", "mask", *lists)}
     assert set(none.values()) == {"none"}
-    assert (request.mask, request.loras, request.controls) == (None, (), ())
+    assert (request.mask, request.loras, request.controls, request.image_prompts) == (None, (), (), ())
     assert told.pop("fidelity") == "exact"
     assert request.fidelity.is_exact
     assert (told.pop("mask_blur"), told.pop("mask_invert"), told.pop("mask_paste")) == ("0", "false", "true")

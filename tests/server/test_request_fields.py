@@ -31,6 +31,7 @@ SET: dict[str, Any] = {
     "reference_images": [pb.ImageSource(data=png())],
     "loras": [pb.Lora(id="woodcut")],
     "controls": [pb.Control(model=pb.ModelReference(path="canny"), image=pb.ImageSource(data=png()))],
+    "image_prompts": [pb.ImagePrompt(adapter="plus", images=[pb.ImageSource(data=png())])],
     "scheduler": "DDIMScheduler",
     "mask": pb.ImageSource(data=png()),
     "mask_blur": 1.0,

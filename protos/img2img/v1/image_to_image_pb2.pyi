@@ -108,6 +108,7 @@ class TransformRequest(_message.Message):
     LORAS_FIELD_NUMBER: _builtins.int
     CONTROLS_FIELD_NUMBER: _builtins.int
     FIDELITY_FIELD_NUMBER: _builtins.int
+    IMAGE_PROMPTS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What the image should become, at most 4096 characters. Default: "A beautiful landscape with mountains and a lake at sunset"."""
     negative_prompt: _builtins.str
@@ -212,6 +213,13 @@ class TransformRequest(_message.Message):
         with the code FIDELITY_EXACT says why. Default: exact.
         """
 
+    @_builtins.property
+    def image_prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImagePrompt]:
+        """Images that describe what the result should look like, beside the prompt: a style, a person, a thing. An image adapter
+        (IP-Adapter) of the server reads them. At most 4, each with an adapter; their effects add up. Requests with different image
+        prompts share calls of the model. Not every model takes them: see docs/loras.md. Default: none.
+        """
+
     def __init__(
         self,
         *,
@@ -239,10 +247,11 @@ class TransformRequest(_message.Message):
         loras: _abc.Iterable[Global___Lora] | None = ...,
         controls: _abc.Iterable[Global___Control] | None = ...,
         fidelity: Global___Fidelity | None = ...,
+        image_prompts: _abc.Iterable[Global___ImagePrompt] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "fidelity", b"fidelity", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "controls", b"controls", "fidelity", b"fidelity", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "loras", b"loras", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "reference_images", b"reference_images", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_mask_blur", b"_mask_blur", "_mask_invert", b"_mask_invert", "_mask_paste", b"_mask_paste", "_negative_prompt", b"_negative_prompt", "_num_inference_steps", b"_num_inference_steps", "_preview_interval", b"_preview_interval", "_prompt", b"_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "controls", b"controls", "fidelity", b"fidelity", "fit", b"fit", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "image_prompts", b"image_prompts", "loras", b"loras", "mask", b"mask", "mask_blur", b"mask_blur", "mask_invert", b"mask_invert", "mask_paste", b"mask_paste", "model", b"model", "negative_prompt", b"negative_prompt", "num_inference_steps", b"num_inference_steps", "output", b"output", "preview_interval", b"preview_interval", "prompt", b"prompt", "reference_images", b"reference_images", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -437,6 +446,45 @@ class Control(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
 
 Global___Control: _TypeAlias = Control  # noqa: Y015
+
+@_typing.final
+class ImagePrompt(_message.Message):
+    """Images that an image adapter of the server reads, and how strongly they change the result. Their content counts, not their
+    layout: the server scales the shorter side of each image to what the adapter's image encoder reads, mostly 224 pixels, and cuts
+    off the ends of the longer side, as diffusers does.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """The id of the image adapter. The field image_adapters of GetModel has the ids of all that fit the model. Required."""
+    scale: _builtins.float
+    """The factor of their effect, -10 to 10; at 0 they have none. Default: 1."""
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageSource]:
+        """The images, at most 8, in any size. Together, and with those of the request's other image prompts, they have at most twice the
+        bytes and twice the pixels that one image may have. Required.
+        """
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        images: _abc.Iterable[Global___ImageSource] | None = ...,
+        scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "adapter", b"adapter", "images", b"images", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+Global___ImagePrompt: _TypeAlias = ImagePrompt  # noqa: Y015
 
 @_typing.final
 class Fit(_message.Message):

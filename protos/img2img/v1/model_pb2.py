@@ -25,47 +25,47 @@ _sym_db = _symbol_database.Default()
 from img2img.v1 import image_to_image_pb2 as img2img_dot_v1_dot_image__to__image__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16img2img/v1/model.proto\x12\nimg2img.v1\x1a\x1fimg2img/v1/image_to_image.proto\"\xbd\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12*\n\x06source\x18\x02 \x01(\x0b\x32\x1a.img2img.v1.ModelReference\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x16\n\x0epipeline_class\x18\x04 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x05 \x01(\t\x12\x16\n\x0e\x62\x61\x63kend_reason\x18\x06 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12%\n\x05state\x18\x08 \x01(\x0e\x32\x16.img2img.v1.ModelState\x12\x15\n\rsize_multiple\x18\t \x01(\x05\x12\x12\n\nis_default\x18\n \x01(\x08\x12\x12\n\nschedulers\x18\x0b \x03(\t\x12)\n\x07\x65ngines\x18\x0c \x03(\x0b\x32\x18.img2img.v1.EngineStatus\x12\x14\n\x0cmemory_bytes\x18\r \x01(\x03\x12\x0e\n\x06\x64\x65tail\x18\x0e \x01(\t\x12(\n\x06\x66ields\x18\x0f \x03(\x0b\x32\x18.img2img.v1.RequestField\x12%\n\x08speedups\x18\x10 \x03(\x0b\x32\x13.img2img.v1.Speedup\x12\x13\n\x0b\x63ontrolnets\x18\x11 \x03(\t\"\xb6\x01\n\x07Speedup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0ctimes_faster\x18\x02 \x01(\x01\x12\x13\n\x0bmin_psnr_db\x18\x03 \x01(\x01\x12\x14\n\x0cmean_psnr_db\x18\x04 \x01(\x01\x12\x10\n\x08min_ssim\x18\x05 \x01(\x01\x12\x11\n\tmean_ssim\x18\x06 \x01(\x01\x12\x1b\n\x13min_inference_steps\x18\x07 \x01(\x05\x12\x1a\n\x12max_guidance_scale\x18\x08 \x01(\x01\"\x86\x02\n\x0cRequestField\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08required\x18\x02 \x01(\x08\x12\x18\n\x0e\x64\x65\x66\x61ult_number\x18\x03 \x01(\x01H\x00\x12\x16\n\x0c\x64\x65\x66\x61ult_text\x18\x04 \x01(\tH\x00\x12\x18\n\x0e\x64\x65\x66\x61ult_switch\x18\x05 \x01(\x08H\x00\x12\x14\n\x07minimum\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07maximum\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x11\x65xclusive_minimum\x18\x08 \x01(\x08\x12\x11\n\tmax_count\x18\t \x01(\x05\x12\r\n\x05needs\x18\n \x01(\tB\t\n\x07\x64\x65\x66\x61ultB\n\n\x08_minimumB\n\n\x08_maximum\"f\n\x0c\x45ngineStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.img2img.v1.EngineState\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x10\n\x08progress\x18\x04 \x01(\x02\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.img2img.v1.Model\"\x1d\n\x0fGetModelRequest\x12\n\n\x02id\x18\x01 \x01(\t\"4\n\x10GetModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.img2img.v1.Model\"J\n\x10LoadModelRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12*\n\x06source\x18\x02 \x01(\x0b\x32\x1a.img2img.v1.ModelReference\"5\n\x11LoadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.img2img.v1.Model\" \n\x12UnloadModelRequest\x12\n\n\x02id\x18\x01 \x01(\t\"L\n\x13UnloadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.img2img.v1.Model\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x03\"\x12\n\x10ListLorasRequest\"8\n\x11ListLorasResponse\x12#\n\x05loras\x18\x01 \x03(\x0b\x32\x14.img2img.v1.LoraFile\"*\n\x08LoraFile\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03*\xaf\x01\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45NGINE_STATE_BUILDING\x10\x01\x12\x19\n\x15\x45NGINE_STATE_CHECKING\x10\x02\x12\x18\n\x14\x45NGINE_STATE_SERVING\x10\x03\x12\x19\n\x15\x45NGINE_STATE_REJECTED\x10\x04\x12\x17\n\x13\x45NGINE_STATE_FAILED\x10\x05*\x8b\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\x86\x03\n\x0cModelService\x12K\n\nListModels\x12\x1d.img2img.v1.ListModelsRequest\x1a\x1e.img2img.v1.ListModelsResponse\x12\x45\n\x08GetModel\x12\x1b.img2img.v1.GetModelRequest\x1a\x1c.img2img.v1.GetModelResponse\x12H\n\tLoadModel\x12\x1c.img2img.v1.LoadModelRequest\x1a\x1d.img2img.v1.LoadModelResponse\x12N\n\x0bUnloadModel\x12\x1e.img2img.v1.UnloadModelRequest\x1a\x1f.img2img.v1.UnloadModelResponse\x12H\n\tListLoras\x12\x1c.img2img.v1.ListLorasRequest\x1a\x1d.img2img.v1.ListLorasResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16img2img/v1/model.proto\x12\nimg2img.v1\x1a\x1fimg2img/v1/image_to_image.proto\"\xd5\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12*\n\x06source\x18\x02 \x01(\x0b\x32\x1a.img2img.v1.ModelReference\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x16\n\x0epipeline_class\x18\x04 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x05 \x01(\t\x12\x16\n\x0e\x62\x61\x63kend_reason\x18\x06 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12%\n\x05state\x18\x08 \x01(\x0e\x32\x16.img2img.v1.ModelState\x12\x15\n\rsize_multiple\x18\t \x01(\x05\x12\x12\n\nis_default\x18\n \x01(\x08\x12\x12\n\nschedulers\x18\x0b \x03(\t\x12)\n\x07\x65ngines\x18\x0c \x03(\x0b\x32\x18.img2img.v1.EngineStatus\x12\x14\n\x0cmemory_bytes\x18\r \x01(\x03\x12\x0e\n\x06\x64\x65tail\x18\x0e \x01(\t\x12(\n\x06\x66ields\x18\x0f \x03(\x0b\x32\x18.img2img.v1.RequestField\x12%\n\x08speedups\x18\x10 \x03(\x0b\x32\x13.img2img.v1.Speedup\x12\x13\n\x0b\x63ontrolnets\x18\x11 \x03(\t\x12\x16\n\x0eimage_adapters\x18\x12 \x03(\t\"\xb6\x01\n\x07Speedup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0ctimes_faster\x18\x02 \x01(\x01\x12\x13\n\x0bmin_psnr_db\x18\x03 \x01(\x01\x12\x14\n\x0cmean_psnr_db\x18\x04 \x01(\x01\x12\x10\n\x08min_ssim\x18\x05 \x01(\x01\x12\x11\n\tmean_ssim\x18\x06 \x01(\x01\x12\x1b\n\x13min_inference_steps\x18\x07 \x01(\x05\x12\x1a\n\x12max_guidance_scale\x18\x08 \x01(\x01\"\x86\x02\n\x0cRequestField\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08required\x18\x02 \x01(\x08\x12\x18\n\x0e\x64\x65\x66\x61ult_number\x18\x03 \x01(\x01H\x00\x12\x16\n\x0c\x64\x65\x66\x61ult_text\x18\x04 \x01(\tH\x00\x12\x18\n\x0e\x64\x65\x66\x61ult_switch\x18\x05 \x01(\x08H\x00\x12\x14\n\x07minimum\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07maximum\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x11\x65xclusive_minimum\x18\x08 \x01(\x08\x12\x11\n\tmax_count\x18\t \x01(\x05\x12\r\n\x05needs\x18\n \x01(\tB\t\n\x07\x64\x65\x66\x61ultB\n\n\x08_minimumB\n\n\x08_maximum\"f\n\x0c\x45ngineStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.img2img.v1.EngineState\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x10\n\x08progress\x18\x04 \x01(\x02\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.img2img.v1.Model\"\x1d\n\x0fGetModelRequest\x12\n\n\x02id\x18\x01 \x01(\t\"4\n\x10GetModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.img2img.v1.Model\"J\n\x10LoadModelRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12*\n\x06source\x18\x02 \x01(\x0b\x32\x1a.img2img.v1.ModelReference\"5\n\x11LoadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.img2img.v1.Model\" \n\x12UnloadModelRequest\x12\n\n\x02id\x18\x01 \x01(\t\"L\n\x13UnloadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.img2img.v1.Model\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x03\"\x12\n\x10ListLorasRequest\"8\n\x11ListLorasResponse\x12#\n\x05loras\x18\x01 \x03(\x0b\x32\x14.img2img.v1.LoraFile\"*\n\x08LoraFile\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03*\xaf\x01\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45NGINE_STATE_BUILDING\x10\x01\x12\x19\n\x15\x45NGINE_STATE_CHECKING\x10\x02\x12\x18\n\x14\x45NGINE_STATE_SERVING\x10\x03\x12\x19\n\x15\x45NGINE_STATE_REJECTED\x10\x04\x12\x17\n\x13\x45NGINE_STATE_FAILED\x10\x05*\x8b\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\x86\x03\n\x0cModelService\x12K\n\nListModels\x12\x1d.img2img.v1.ListModelsRequest\x1a\x1e.img2img.v1.ListModelsResponse\x12\x45\n\x08GetModel\x12\x1b.img2img.v1.GetModelRequest\x1a\x1c.img2img.v1.GetModelResponse\x12H\n\tLoadModel\x12\x1c.img2img.v1.LoadModelRequest\x1a\x1d.img2img.v1.LoadModelResponse\x12N\n\x0bUnloadModel\x12\x1e.img2img.v1.UnloadModelRequest\x1a\x1f.img2img.v1.UnloadModelResponse\x12H\n\tListLoras\x12\x1c.img2img.v1.ListLorasRequest\x1a\x1d.img2img.v1.ListLorasResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'img2img.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENGINESTATE']._serialized_start=1602
-  _globals['_ENGINESTATE']._serialized_end=1777
-  _globals['_MODELSTATE']._serialized_start=1780
-  _globals['_MODELSTATE']._serialized_end=1919
+  _globals['_ENGINESTATE']._serialized_start=1626
+  _globals['_ENGINESTATE']._serialized_end=1801
+  _globals['_MODELSTATE']._serialized_start=1804
+  _globals['_MODELSTATE']._serialized_end=1943
   _globals['_MODEL']._serialized_start=72
-  _globals['_MODEL']._serialized_end=517
-  _globals['_SPEEDUP']._serialized_start=520
-  _globals['_SPEEDUP']._serialized_end=702
-  _globals['_REQUESTFIELD']._serialized_start=705
-  _globals['_REQUESTFIELD']._serialized_end=967
-  _globals['_ENGINESTATUS']._serialized_start=969
-  _globals['_ENGINESTATUS']._serialized_end=1071
-  _globals['_LISTMODELSREQUEST']._serialized_start=1073
-  _globals['_LISTMODELSREQUEST']._serialized_end=1092
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1094
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1149
-  _globals['_GETMODELREQUEST']._serialized_start=1151
-  _globals['_GETMODELREQUEST']._serialized_end=1180
-  _globals['_GETMODELRESPONSE']._serialized_start=1182
-  _globals['_GETMODELRESPONSE']._serialized_end=1234
-  _globals['_LOADMODELREQUEST']._serialized_start=1236
-  _globals['_LOADMODELREQUEST']._serialized_end=1310
-  _globals['_LOADMODELRESPONSE']._serialized_start=1312
-  _globals['_LOADMODELRESPONSE']._serialized_end=1365
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1367
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1399
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1401
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1477
-  _globals['_LISTLORASREQUEST']._serialized_start=1479
-  _globals['_LISTLORASREQUEST']._serialized_end=1497
-  _globals['_LISTLORASRESPONSE']._serialized_start=1499
-  _globals['_LISTLORASRESPONSE']._serialized_end=1555
-  _globals['_LORAFILE']._serialized_start=1557
-  _globals['_LORAFILE']._serialized_end=1599
-  _globals['_MODELSERVICE']._serialized_start=1922
-  _globals['_MODELSERVICE']._serialized_end=2312
+  _globals['_MODEL']._serialized_end=541
+  _globals['_SPEEDUP']._serialized_start=544
+  _globals['_SPEEDUP']._serialized_end=726
+  _globals['_REQUESTFIELD']._serialized_start=729
+  _globals['_REQUESTFIELD']._serialized_end=991
+  _globals['_ENGINESTATUS']._serialized_start=993
+  _globals['_ENGINESTATUS']._serialized_end=1095
+  _globals['_LISTMODELSREQUEST']._serialized_start=1097
+  _globals['_LISTMODELSREQUEST']._serialized_end=1116
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1118
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1173
+  _globals['_GETMODELREQUEST']._serialized_start=1175
+  _globals['_GETMODELREQUEST']._serialized_end=1204
+  _globals['_GETMODELRESPONSE']._serialized_start=1206
+  _globals['_GETMODELRESPONSE']._serialized_end=1258
+  _globals['_LOADMODELREQUEST']._serialized_start=1260
+  _globals['_LOADMODELREQUEST']._serialized_end=1334
+  _globals['_LOADMODELRESPONSE']._serialized_start=1336
+  _globals['_LOADMODELRESPONSE']._serialized_end=1389
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1391
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1423
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1425
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1501
+  _globals['_LISTLORASREQUEST']._serialized_start=1503
+  _globals['_LISTLORASREQUEST']._serialized_end=1521
+  _globals['_LISTLORASRESPONSE']._serialized_start=1523
+  _globals['_LISTLORASRESPONSE']._serialized_end=1579
+  _globals['_LORAFILE']._serialized_start=1581
+  _globals['_LORAFILE']._serialized_end=1623
+  _globals['_MODELSERVICE']._serialized_start=1946
+  _globals['_MODELSERVICE']._serialized_end=2336
 # @@protoc_insertion_point(module_scope)

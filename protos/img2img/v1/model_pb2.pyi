@@ -111,6 +111,7 @@ class Model(_message.Message):
     FIELDS_FIELD_NUMBER: _builtins.int
     SPEEDUPS_FIELD_NUMBER: _builtins.int
     CONTROLNETS_FIELD_NUMBER: _builtins.int
+    IMAGE_ADAPTERS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The folder of its bundle in the store."""
     family: _builtins.str
@@ -165,6 +166,12 @@ class Model(_message.Message):
         if there are none, or if the model takes none.
         """
 
+    @_builtins.property
+    def image_adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of the image adapters that a request's image_prompts may name with this model, ordered by id: those that fit the model,
+        and whose image encoder is a model that the caller may use. Empty if there are none, or if the model takes no image prompts.
+        """
+
     def __init__(
         self,
         *,
@@ -185,10 +192,11 @@ class Model(_message.Message):
         fields: _abc.Iterable[Global___RequestField] | None = ...,
         speedups: _abc.Iterable[Global___Speedup] | None = ...,
         controlnets: _abc.Iterable[_builtins.str] | None = ...,
+        image_adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "controlnets", b"controlnets", "detail", b"detail", "engine", b"engine", "engines", b"engines", "family", b"family", "fields", b"fields", "id", b"id", "is_default", b"is_default", "memory_bytes", b"memory_bytes", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "source", b"source", "speedups", b"speedups", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_reason", b"backend_reason", "controlnets", b"controlnets", "detail", b"detail", "engine", b"engine", "engines", b"engines", "family", b"family", "fields", b"fields", "id", b"id", "image_adapters", b"image_adapters", "is_default", b"is_default", "memory_bytes", b"memory_bytes", "pipeline_class", b"pipeline_class", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "source", b"source", "speedups", b"speedups", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

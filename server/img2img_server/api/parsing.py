@@ -11,6 +11,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img_server import images
 from img2img_server.api.controls import Controls, Lease, check_controls
 from img2img_server.api.fidelity import fidelity_from
+from img2img_server.api.image_prompts import check_image_prompts
 from img2img_server.api.loras import check_loras, find_loras
 from img2img_server.api.more_images import References, mask_rule
 from img2img_server.api.request_fields import RequestFields, fields_of
@@ -139,6 +140,7 @@ class Parser:
         check_loras(message)
         names_nets = "controls.model" in fields
         check_controls(message, self._sources, names_nets)
+        check_image_prompts(message, self._sources)
         self._sources.check(message.image)
         if rule is not None:
             self._sources.check(message.mask, "mask")

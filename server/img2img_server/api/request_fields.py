@@ -13,6 +13,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 
 from img2img_server.api.controls import MAX_SCALE, MOST_CONTROLS
+from img2img_server.api.image_prompts import MOST_IMAGES, MOST_PROMPTS
 from img2img_server.api.loras import MOST_LORAS
 from img2img_server.config import (
     DEFAULT_GUIDANCE,
@@ -34,6 +35,10 @@ _LARGEST_DOUBLE_SEED = 2.0**63 - 1024
 """The largest double that is a seed. The largest seed, 2^63 - 1, is not a double."""
 _MOST_MADE = 256
 
+_NO_IMAGE_PROMPTS = (
+    "this model takes no image prompts: it needs a control graph that has inputs for them, and a server with a folder of image "
+    "adapters"
+)
 _NO_MASK = "this model does not take a mask"
 _MASK = (("mask", None, None), ("mask_blur", 0.0, MAX_BLUR), ("mask_invert", False, None), ("mask_paste", True, None))
 """The fields about masks, which masks.py checks: names, defaults and maxima."""
@@ -45,8 +50,8 @@ class RequestField:
 
     `default` is None if it is not a fixed value. Numbers are in `minimum` to `maximum`; texts have as many characters. A model
     that does not take the field refuses it with `lacking`; every model takes a field that is `lacking` nothing. `max_count` is of
-    repeated fields. `needs` is another field, without which this one has no effect. Fields of a control ("controls.scale") are
-    checked in controls.py.
+    repeated fields. `needs` is another field, without which this one has no effect. Fields of a control ("controls.scale") and of
+    an image prompt are checked in controls.py and image_prompts.py.
     """
 
     name: str
@@ -80,6 +85,13 @@ _CONTROL = (
     RequestField("controls.control_mode", "this model reads images of one kind", minimum=0),
 )
 """The fields of a control."""
+_PROMPT = (
+    RequestField("image_prompts.images", _NO_IMAGE_PROMPTS, required=True, max_count=MOST_IMAGES),
+    RequestField("image_prompts.scale", _NO_IMAGE_PROMPTS, default=1.0, minimum=-MAX_SCALE, maximum=MAX_SCALE),
+)
+"""The fields of an image prompt."""
+_INNER = frozenset(row.name for row in (*_CONTROL, *_PROMPT))
+"""Fields of the elements of repeated fields, which have checks of their own."""
 
 
 def _table(config: ServerConfig, size_multiple: int) -> tuple[RequestField, ...]:
@@ -129,6 +141,8 @@ def _table(config: ServerConfig, size_multiple: int) -> tuple[RequestField, ...]
             max_count=MOST_CONTROLS,
         ),
         *_CONTROL,
+        RequestField("image_prompts", _NO_IMAGE_PROMPTS, max_count=MOST_PROMPTS),
+        *_PROMPT,
         RequestField("preview_interval", default=0, minimum=0, maximum=config.max_steps),
         RequestField("output.format"),
         RequestField("output.quality", default=DEFAULT_QUALITY, minimum=1, maximum=100),
@@ -176,8 +190,8 @@ class RequestFields(Mapping[str, RequestField]):
         """Raises InvalidField for a field that is set and that the model does not take, or not without another one, and for too
         many elements. An empty text counts as unset."""
         for row in self._all:
-            if row.name.startswith(_OF_CONTROLS):
-                continue  # below
+            if row.name in _INNER:
+                continue
             if row.name not in self._rows and row.lacking != _NO_MASK and is_set(message, row.name):
                 raise InvalidField(row.name, f"{row.lacking}; leave {row.name} unset")
             if not self.uses(message, row.name) and is_set(message, row.name):

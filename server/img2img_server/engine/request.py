@@ -62,6 +62,24 @@ class ControlUse:
 
 
 @dataclass(frozen=True, slots=True)
+class ImagePromptUse:
+    """An image prompt of a request: images, and the image adapter (IP-Adapter) that reads them.
+
+    `adapter` is the adapter's id, and `digest` the SHA-256 of its file when the request arrived. `encoder` is the id of its image
+    encoder, and `encoder_digest` the digest of that one's bundle. `images` are the RGB squares of the encoder's size that it
+    reads; `image_digests` identify their content. The effect is multiplied by `scale`.
+    """
+
+    adapter: str
+    images: tuple[Image.Image, ...]
+    scale: float = 1.0
+    digest: str = ""
+    encoder: str = ""
+    encoder_digest: str = ""
+    image_digests: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One transform, checked and with every default filled in.
 
@@ -75,7 +93,7 @@ class Request:
     used the same input. `mask` is None if the whole source is transformed; the pipeline's `source_rule` says whether it takes
     one. `references` are more images to edit by, in RGB, and `reference_digests` identify their content. `loras` are added to the
     model's weights for this request only. `fidelity` says how near the images must be to those of full steps. The ControlNets of
-    `controls` stay in memory while the request runs.
+    `controls` and the image encoders of `image_prompts` stay in memory while the request runs.
 
     Fields that the model does not take have values without effect: `strength` and `guidance_scale` 1, `true_cfg_scale` None.
     """
@@ -105,6 +123,7 @@ class Request:
     loras: tuple[LoraUse, ...] = ()
     fidelity: Fidelity = EXACT
     controls: tuple[ControlUse, ...] = ()
+    image_prompts: tuple[ImagePromptUse, ...] = ()
 
     @property
     def result_size(self) -> tuple[int, int]:

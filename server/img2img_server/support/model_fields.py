@@ -31,3 +31,6 @@ OWN_CONTROL: ModelFields = {"controls": FieldRule(max_count=1, required=True)}
 """What models take that read a control image by themselves."""
 OWN_CONTROLNET: ModelFields = {**OWN_CONTROL, **{name: FieldRule() for name in _EFFECT}}
 """What models take that have a ControlNet of their own."""
+
+IMAGE_PROMPTS: ModelFields = {name: FieldRule() for name in ("image_prompts", "image_prompts.images", "image_prompts.scale")}
+"""What models take whose requests have image prompts."""
