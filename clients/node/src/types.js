@@ -26,6 +26,7 @@
  * @property {Lora[]} [loras]
  * @property {Fidelity} [fidelity]
  * @property {Control[]} [controls]
+ * @property {ImagePrompt[]} [image_prompts]
  */
 
 /**
@@ -53,6 +54,13 @@
  * @property {number} [start]
  * @property {number} [end]
  * @property {number} [control_mode]
+ */
+
+/**
+ * @typedef {object} ImagePrompt
+ * @property {string} adapter
+ * @property {ImageSource[]} images
+ * @property {number} [scale]
  */
 
 /**
@@ -193,6 +201,7 @@
  * @property {RequestField[]} fields
  * @property {Speedup[]} speedups
  * @property {string[]} controlnets
+ * @property {string[]} image_adapters
  */
 
 /**
