@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _load(bundle: Path, manifest: Any, folder: Path, slots: int) -> Any:
-    from img2img_server.bundle.lora_files import LoraFiles
+    from img2img_server.bundle.adapter_files import LoraFiles
     from img2img_server.engine.cache import Cache
     from img2img_server.runtime.execution import Execution
     from img2img_server.runtime.loader import load_pipeline
@@ -134,7 +134,7 @@ def _write(layers: Any, path: Path, seed: int) -> None:
 
 def _states(pipeline: Any, folder: Path, rows: int, count: int, kind: str = "") -> Any:
     """The states of requests of one row each, with `count` different LoRAs of a kind, none for 0."""
-    from img2img_server.bundle.lora_files import LoraFiles
+    from img2img_server.bundle.adapter_files import LoraFiles
     from img2img_server.engine.request import LoraUse, Request
     from PIL import Image
 

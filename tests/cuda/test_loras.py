@@ -7,7 +7,7 @@ import pytest
 import torch
 from fake_gpu import FakeGpu
 from fakes import make_request
-from img2img_server.bundle.lora_files import LoraFiles
+from img2img_server.bundle.adapter_files import LoraFiles
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import LoraUse

@@ -12,7 +12,7 @@ import pytest
 import torch
 from covering import nightly_but
 from fake_gpu import FakeGpu
-from img2img_server.bundle.lora_files import LoraFiles
+from img2img_server.bundle.adapter_files import LoraFiles
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.errors import BundleError

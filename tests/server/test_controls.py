@@ -33,7 +33,7 @@ from img2img_export.verify.images import sample_image
 from img2img_server.api.controls import check_controls, controls_from
 from img2img_server.assets.store import AssetStore
 from img2img_server.backends.local import local
-from img2img_server.bundle.lora_files import LoraFiles
+from img2img_server.bundle.adapter_files import LoraFiles
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache

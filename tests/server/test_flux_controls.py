@@ -18,8 +18,8 @@ from diffusers import (
 from drawing import alone, controlnets, load, together
 from fakes import make_request
 from img2img_export.verify.images import sample_image
+from img2img_server.bundle.adapter_files import LoraFiles
 from img2img_server.bundle.controls import SAMPLE_OF, SAMPLES, SINGLE_OF, SINGLES
-from img2img_server.bundle.lora_files import LoraFiles
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import ControlUse, LoraUse, Mask, Request

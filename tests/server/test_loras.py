@@ -24,7 +24,7 @@ from img2img.v1 import image_to_image_pb2 as pb
 from img2img_client import Client, InvalidRequest, read_provenance
 from img2img_export.verify.images import sample_image
 from img2img_server.api.loras import check_loras
-from img2img_server.bundle.lora_files import LoraFiles, LoraProblem
+from img2img_server.bundle.adapter_files import AdapterProblem, LoraFiles
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.config import LoraFolder
 from img2img_server.engine.cache import Cache
@@ -449,11 +449,11 @@ def test_models_without_lora_graphs_refuse_loras_with_the_reason(bundle: Get, lo
             r"loras\[1\]\.id",
             "'sd1/none' is not in this server's folder of LoRAs, which has sd1/all",
         ),
-        ({"../sd1/all": 1.0}, r"loras\[0\]\.id", "is not the id of a LoRA"),
-        ({"/etc/passwd": 1.0}, r"loras\[0\]\.id", "is not the id of a LoRA"),
-        ({"sd1//all": 1.0}, r"loras\[0\]\.id", "is not the id of a LoRA"),
-        ({"sd1\\all": 1.0}, r"loras\[0\]\.id", "is not the id of a LoRA"),
-        ({"sd1/all\0": 1.0}, r"loras\[0\]\.id", "is not the id of a LoRA"),
+        ({"../sd1/all": 1.0}, r"loras\[0\]\.id", "is not a valid id"),
+        ({"/etc/passwd": 1.0}, r"loras\[0\]\.id", "is not a valid id"),
+        ({"sd1//all": 1.0}, r"loras\[0\]\.id", "is not a valid id"),
+        ({"sd1\\all": 1.0}, r"loras\[0\]\.id", "is not a valid id"),
+        ({"sd1/all\0": 1.0}, r"loras\[0\]\.id", "is not a valid id"),
         ({"sdxl/all": 1.0}, r"loras\[0\]\.id", "LoRA 'sdxl/all' "),
         ({str(index): 1.0 for index in range(9)}, "loras", "there are 9, the maximum of this server is 8"),
     ],
@@ -485,7 +485,7 @@ def test_server_without_lora_folder_reports_it(tmp_path: Path) -> None:
 
 def test_a_pickle_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(b"")
-    with pytest.raises(LoraProblem, match=r"^is a pickle \(\.ckpt\), which can run code when read"):
+    with pytest.raises(AdapterProblem, match=r"^is a pickle \(\.ckpt\), which can run code when read"):
         LoraFiles(tmp_path).find("a")
 
 
@@ -537,7 +537,7 @@ def test_layers_that_diffusers_would_leave_out_are_refused_by_name(tmp_path: Pat
     """It drops those of a T5 without an error; zeros change nothing."""
     known = pair("lora_unet_double_blocks_0_img_attn_proj", 8, 8)
     t5 = pair("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 8, 8)
-    with pytest.raises(LoraProblem, match=r"^adapts lora_te3_encoder_block_0_layer_0_SelfAttention_q, which LoRAs for Flux"):
+    with pytest.raises(AdapterProblem, match=r"^adapts lora_te3_encoder_block_0_layer_0_SelfAttention_q, which LoRAs for Flux"):
         read(known | t5, FLUX, tmp_path / "a.safetensors")
     zeros = {key: torch.zeros_like(value) for key, value in t5.items()}
     assert read(known | zeros, FLUX, tmp_path / "b.safetensors") == ["transformer.transformer_blocks.0.attn.to_out.0"]

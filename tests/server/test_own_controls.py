@@ -22,7 +22,7 @@ from img2img_client import Client, Control, DeadlineExceeded, InvalidRequest, Pr
 from img2img_export.build import export_model
 from img2img_export.options import ExportOptions
 from img2img_server.backends.local import local
-from img2img_server.bundle.lora_files import LoraFiles
+from img2img_server.bundle.adapter_files import LoraFiles
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.bundle.speedups import Speedup, Speedups
 from img2img_server.engine.cache import Cache

@@ -9,7 +9,7 @@ import pytest
 from drawing import alone, controlnets, load
 from fakes import Caller, make_request
 from img2img_export.verify.images import sample_image
-from img2img_server.bundle.lora_files import LoraFiles
+from img2img_server.bundle.adapter_files import LoraFiles
 from img2img_server.bundle.speedups import Speedup, Speedups
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from img2img_server.bundle.lora_files import LoraProblem
+from img2img_server.bundle.adapter_files import AdapterProblem
 from img2img_server.bundle.manifest import Lora
 from img2img_server.runtime.lora.reading import name_among, read_layers
 
@@ -79,7 +79,7 @@ def _add(lora: LoraFile, directory: Path, layout: Layout, additions: Additions) 
     config = read_json(directory / "unet" / "config.json") if "unet" in layout.components else None
     try:
         layers = read_layers(lora.path, layout.pipeline_class, tuple(layout.components), config)
-    except LoraProblem as problem:
+    except AdapterProblem as problem:
         raise ExportError(f"{lora.path} {problem}") from problem
     for layer in layers:
         scale = lora.scale * layer.factor

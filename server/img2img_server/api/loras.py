@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from img2img.v1 import image_to_image_pb2 as pb
 
-from img2img_server.bundle.lora_files import LoraFiles, LoraProblem
+from img2img_server.bundle.adapter_files import AdapterProblem, LoraFiles
 from img2img_server.engine.request import LoraUse
 from img2img_server.errors import InvalidField
 
@@ -36,7 +36,7 @@ def find_loras(loras: Sequence[pb.Lora], files: LoraFiles) -> tuple[LoraUse, ...
     for index, lora in enumerate(loras):
         try:
             found.append(LoraUse(lora.id, _scale(lora), files.find(lora.id).digest))
-        except LoraProblem as problem:
+        except AdapterProblem as problem:
             raise InvalidField(f"loras[{index}].id", f"LoRA '{lora.id[:_SHOWN]}' {problem}") from None
     return tuple(found)
 

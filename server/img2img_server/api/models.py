@@ -9,7 +9,7 @@ from img2img.v1 import model_pb2_grpc as pb_grpc
 from img2img_server.api.fidelity import speedup_messages
 from img2img_server.api.request_fields import fields_of
 from img2img_server.backends.base import Models
-from img2img_server.bundle.lora_files import LoraFiles
+from img2img_server.bundle.adapter_files import LoraFiles
 from img2img_server.bundle.manifest import Source
 from img2img_server.config import ServerConfig
 from img2img_server.errors import InvalidField

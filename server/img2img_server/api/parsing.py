@@ -15,7 +15,7 @@ from img2img_server.api.image_prompts import check_image_prompts
 from img2img_server.api.loras import check_loras, find_loras
 from img2img_server.api.more_images import References, mask_rule
 from img2img_server.api.request_fields import RequestFields, fields_of
-from img2img_server.bundle.lora_files import LoraFiles
+from img2img_server.bundle.adapter_files import LoraFiles
 from img2img_server.codecs.jobs import LoadImage, LoadMask
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import DEFAULT_PROMPT, ServerConfig

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from img2img_server.bundle.adapter_files import AdapterFile, AdapterProblem, LoraFiles
 from img2img_server.bundle.adapters import RANKS, AdaptedLayer
-from img2img_server.bundle.lora_files import LoraFile, LoraFiles, LoraProblem
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import LoraUse, Request
 from img2img_server.errors import InvalidField
@@ -125,12 +125,12 @@ class ModelLoras:
         adapters = tuple(self._adapter(index, use) for index, use in enumerate(request.loras))
         return Choice(tuple((use.digest, use.scale) for use in request.loras), adapters)
 
-    def read(self, file: LoraFile) -> Adapter:
-        """Reads and checks a LoRA. Raises LoraProblem if it does not fit this model."""
+    def read(self, file: AdapterFile) -> Adapter:
+        """Reads and checks a LoRA. Raises AdapterProblem if it does not fit this model."""
         adapter = self._fitted(read_layers(file.path, self._pipeline_class, self._components, self._unet_config))
         # The file may have been replaced while it was read.
         if self._settings.files.find(file.id).digest != file.digest:
-            raise LoraProblem("was replaced while it was read: send the request again")
+            raise AdapterProblem("was replaced while it was read: send the request again")
         return adapter
 
     def close(self) -> None:
@@ -155,9 +155,9 @@ class ModelLoras:
         try:
             file = self._settings.files.find(use.id)
             if file.digest != use.digest:
-                raise LoraProblem("was replaced after the request had arrived: send it again")
+                raise AdapterProblem("was replaced after the request had arrived: send it again")
             adapter = self.read(file)
-        except LoraProblem as problem:
+        except AdapterProblem as problem:
             raise InvalidField(f"loras[{index}].id", f"LoRA '{use.id}' {problem}") from problem
         _log.info("LoRA '%s' was read: %.1f MB", use.id, adapter.bytes / 1e6)
         return adapter
@@ -169,7 +169,7 @@ class ModelLoras:
             known = self._layers.get(item.component, {})
             layer = replace(item, module=name_among(known, item.module))
             if problem := self._problem(layer):
-                raise LoraProblem(problem)
+                raise AdapterProblem(problem)
             up = layer.up if layer.factor == 1.0 else layer.up.float() * layer.factor
             taps = known[layer.module].taps
             matrices.setdefault(layer.component, {})[layer.module] = (by_taps(layer.down.flatten(1), taps), up.contiguous())
@@ -179,7 +179,9 @@ class ModelLoras:
             )
         for component, own in ranks.items():
             if (rank := max(own.rank, own.kernel_rank)) > _MOST_RANK:
-                raise LoraProblem(f"has rank {rank} in {component}, the maximum is {_MOST_RANK}: resize it, or fuse it at export")
+                raise AdapterProblem(
+                    f"has rank {rank} in {component}, the maximum is {_MOST_RANK}: resize it, or fuse it at export"
+                )
         return Adapter(matrices, ranks)
 
     def _problem(self, layer: LoraLayer) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from img2img_server.bundle.adapter_files import AdapterProblem
 from img2img_server.bundle.files import MOST_TENSORS, parse_json
-from img2img_server.bundle.lora_files import LoraProblem
 from img2img_server.bundle.tokenizer_files import is_slow
 
 if TYPE_CHECKING:
@@ -65,18 +65,18 @@ def read_layers(
 ) -> list[LoraLayer]:
     """The layers of a LoRA for a pipeline class of diffusers with these `components`.
 
-    `unet_config` is the UNet's config.json, None for a model without one. Raises LoraProblem.
+    `unet_config` is the UNet's config.json, None for a model without one. Raises AdapterProblem.
     """
     try:
         tensors, config = _read(path)
         layers = list(_layers(_translate(tensors, pipeline_class, unet_config), config, pipeline_class, components))
-    except LoraProblem:
+    except AdapterProblem:
         raise
     except _CONVERT_FAILURES as error:
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LoraProblem(f"is not a LoRA that diffusers can read: {line}") from error
+        raise AdapterProblem(f"is not a LoRA that diffusers can read: {line}") from error
     if not layers:
-        raise LoraProblem(f"contains no LoRA layers for {pipeline_class}")
+        raise AdapterProblem(f"contains no LoRA layers for {pipeline_class}")
     return layers
 
 
@@ -92,15 +92,15 @@ def _layers(
     for key in tensors:
         module = key.removesuffix(_DOWN).removesuffix(_UP)
         if module == key or not {module + _DOWN, module + _UP} <= tensors.keys():
-            raise LoraProblem(f"is not a plain LoRA of {pipeline_class}: it contains {key}")
+            raise AdapterProblem(f"is not a plain LoRA of {pipeline_class}: it contains {key}")
         component, _, name = module.partition(".")
         if component not in components:
-            raise LoraProblem(f"does not fit the model: it adapts {component}, which this {pipeline_class} does not have")
+            raise AdapterProblem(f"does not fit the model: it adapts {component}, which this {pipeline_class} does not have")
         if key.endswith(_DOWN):
             down, up = tensors[key], tensors[module + _UP].flatten(1)
             factor = _adapter_scale(config, component, name, len(down))
             if not (math.isfinite(factor) and down.isfinite().all() and up.isfinite().all()):
-                raise LoraProblem(
+                raise AdapterProblem(
                     f"is damaged: its alpha or its matrices for {module} contain NaN or infinite numbers; "
                     "download or copy it again"
                 )
@@ -116,22 +116,22 @@ def _read(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
         with safetensors.safe_open(path, "pt") as file:
             notes = file.metadata() or {}
             if len(file.keys()) > MOST_TENSORS:
-                raise LoraProblem(f"has more than {MOST_TENSORS} tensors")
+                raise AdapterProblem(f"has more than {MOST_TENSORS} tensors")
         tensors = safetensors.torch.load_file(path)
     except OSError as error:
-        raise LoraProblem(f"cannot be read: {error.strerror or error}") from None
+        raise AdapterProblem(f"cannot be read: {error.strerror or error}") from None
     except safetensors.SafetensorError as error:
-        raise LoraProblem(f"is damaged or not a safetensors file: {error}") from None
+        raise AdapterProblem(f"is damaged or not a safetensors file: {error}") from None
     if odd := next((key for key in tensors if not key.endswith(_ENDS) or len(key) > _MOST_NAME), None):
         kind = next((what for part, what in _KINDS.items() if part in odd), None)
-        raise LoraProblem(
+        raise AdapterProblem(
             f"is {kind or 'not a plain LoRA'}{', not a plain LoRA' if kind else ''}: it contains {odd[:_MOST_NAME]}"
         )
     for key in [key for key in tensors if key.endswith(".alpha")]:
         layer = key.removesuffix(".alpha")
         pair = next(((layer + down, layer + up) for down, up in _PAIRS if {layer + down, layer + up} <= set(tensors)), None)
         if pair is None:
-            raise LoraProblem(f"is not a plain LoRA: it contains {key}, but no matrices for it")
+            raise AdapterProblem(f"is not a plain LoRA: it contains {key}, but no matrices for it")
         alpha, rank = float(tensors.pop(key)), len(tensors[pair[0]])
         tensors[pair[1]] = tensors[pair[1]].float() * (alpha / rank)
     return tensors, dict(parse_json(notes.get(_ADAPTER_METADATA, "{}")))
@@ -147,7 +147,7 @@ def _translate(
 
     pipeline: Any = getattr(diffusers, pipeline_class, None)
     if not hasattr(pipeline, "lora_state_dict"):
-        raise LoraProblem(f"cannot be used: {pipeline_class} does not support LoRAs")
+        raise AdapterProblem(f"cannot be used: {pipeline_class} does not support LoRAs")
     known = {} if unet_config is None else {"unet_config": SimpleNamespace(**unet_config)}
     found = pipeline.lora_state_dict(dict(tensors), **known)
     found = found[0] if isinstance(found, tuple) else found
@@ -161,8 +161,8 @@ def _translate(
 
 
 def _check_complete(tensors: Mapping[str, "torch.Tensor"], found: Mapping[str, "torch.Tensor"], pipeline_class: str) -> None:
-    """Raises LoraProblem for a layer of `tensors` that diffusers left out of `found`, as it does with some (a T5's), unless it is
-    zero. The first row of a layer's first matrix is always kept as such a row, even if the layer is split into several."""
+    """Raises AdapterProblem for a layer of `tensors` that diffusers left out of `found`, as it does with some (a T5's), unless it
+    is zero. The first row of a layer's first matrix is always kept as such a row, even if the layer is split into several."""
     if pipeline_class.startswith("ZImage"):
         return  # some of its files have layers twice, in two forms
     kept = {_first_row(value) for value in found.values()}
@@ -171,7 +171,7 @@ def _check_complete(tensors: Mapping[str, "torch.Tensor"], found: Mapping[str, "
             ((key.removesuffix(down), key.removesuffix(down) + up) for down, up in _PAIRS if key.endswith(down)), ("", "")
         )
         if up in tensors and _first_row(value) not in kept and value.any() and tensors[up].any():
-            raise LoraProblem(f"adapts {layer[:_MOST_NAME]}, which LoRAs for {pipeline_class} cannot adapt: train it without")
+            raise AdapterProblem(f"adapts {layer[:_MOST_NAME]}, which LoRAs for {pipeline_class} cannot adapt: train it without")
 
 
 def _first_row(matrix: "torch.Tensor") -> bytes:

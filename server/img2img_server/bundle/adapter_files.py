@@ -1,5 +1,5 @@
-"""The folder of LoRAs that requests may name: `DIR/NAME.safetensors` has the id NAME, and `DIR/FOLDER/NAME.safetensors` the id
-FOLDER/NAME. Standard library only."""
+"""The folders of LoRAs and of image adapters that requests may name: `DIR/NAME.safetensors` has the id NAME, and
+`DIR/FOLDER/NAME.safetensors` the id FOLDER/NAME. Standard library only."""
 
 import contextlib
 import functools
@@ -8,6 +8,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 from img2img_server.bundle.files import walk
 
@@ -18,12 +19,12 @@ _SHOWN = 10
 """Maximum number of ids in an error message."""
 
 
-class LoraProblem(ValueError):
-    """A LoRA cannot be used. The message is a clause that begins with a verb, such as "is damaged"."""
+class AdapterProblem(ValueError):
+    """An adapter cannot be used. The message is a clause that begins with a verb, such as "is damaged"."""
 
 
 @dataclass(frozen=True, slots=True)
-class LoraFile:
+class AdapterFile:
     """A file of the folder. `digest` is its SHA-256 in hexadecimal."""
 
     id: str
@@ -32,14 +33,20 @@ class LoraFile:
     digest: str
 
 
-class LoraFiles:
-    """The LoRAs in `folder`, None for no folder. Files may be added, replaced and removed at any time. Thread-safe; blocks."""
+class AdapterFiles:
+    """The adapters in `folder`, None for no folder. Files may be added, replaced and removed at any time. Thread-safe; blocks.
+
+    A subclass says for messages `what` they are, and the `flag` of the server that sets the folder.
+    """
+
+    what: ClassVar[str]
+    flag: ClassVar[str]
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def ids(self) -> list[str]:
-        """The ids of all LoRAs, sorted."""
+        """The ids of all files, sorted."""
         if self.folder is None:
             return []
         found = []
@@ -51,7 +58,7 @@ class LoraFiles:
         return sorted(found)[:_MOST_FILES]
 
     def sizes(self) -> list[tuple[str, int]]:
-        """The ids of all LoRAs with the files' sizes in bytes, sorted."""
+        """The ids of all files with their sizes in bytes, sorted."""
         found = []
         for name in self.ids():
             assert self.folder is not None, "a folder was searched"
@@ -59,23 +66,23 @@ class LoraFiles:
                 found.append((name, (self.folder / f"{name}{SUFFIX}").stat().st_size))
         return found
 
-    def find(self, name: str) -> LoraFile:
-        """The LoRA with the id `name`. Raises LoraProblem."""
+    def find(self, name: str) -> AdapterFile:
+        """The adapter with the id `name`. Raises AdapterProblem."""
         if self.folder is None:
-            raise LoraProblem("is not available: this server has no folder of LoRAs (img2img serve --loras DIR)")
+            raise AdapterProblem(f"is not available: this server has no folder of {self.what}s (img2img serve {self.flag} DIR)")
         parts = name.split("/")
         if not all(part not in ("", ".", "..") and "\\" not in part and part.isprintable() for part in parts):
-            raise LoraProblem(
-                "is not the id of a LoRA: an id is the path of a file below the folder of LoRAs, without .safetensors"
+            raise AdapterProblem(
+                f"is not a valid id: an id is the path of a file below the folder of {self.what}s, without {SUFFIX}"
             )
         path = self.folder.joinpath(*parts[:-1], parts[-1] + SUFFIX)
         try:
             found = path.stat()
         except OSError:
-            raise LoraProblem(self._missing(parts)) from None
+            raise AdapterProblem(self._missing(parts)) from None
         if not stat.S_ISREG(found.st_mode):
-            raise LoraProblem("is not a regular file")
-        return LoraFile(name, path, found.st_size, _digest_of(path, found))
+            raise AdapterProblem("is not a regular file")
+        return AdapterFile(name, path, found.st_size, _digest_of(path, found))
 
     def _missing(self, parts: list[str]) -> str:
         assert self.folder is not None, "a folder was searched"
@@ -84,15 +91,21 @@ class LoraFiles:
                 return f"is a pickle ({suffix}), which can run code when read: convert it to safetensors"
         known = self.ids()
         more = "" if len(known) <= _SHOWN else f" and {len(known) - _SHOWN} more"
-        return f"is not in this server's folder of LoRAs, which has {', '.join(known[:_SHOWN]) or 'none'}{more}"
+        return f"is not in this server's folder of {self.what}s, which has {', '.join(known[:_SHOWN]) or 'none'}{more}"
+
+
+class LoraFiles(AdapterFiles):
+    """The folder of LoRAs."""
+
+    what, flag = "LoRA", "--loras"
 
 
 def _digest_of(path: Path, found: os.stat_result) -> str:
-    """The file's SHA-256. Raises LoraProblem."""
+    """The file's SHA-256. Raises AdapterProblem."""
     try:
         return _read_digest(path, found.st_ino, found.st_size, found.st_mtime_ns)
     except OSError as error:
-        raise LoraProblem(f"cannot be read: {error.strerror}") from None
+        raise AdapterProblem(f"cannot be read: {error.strerror}") from None
 
 
 @functools.lru_cache(_MOST_FILES)
