@@ -1,0 +1,144 @@
+"""The image projection of an IP-Adapter: what an image encoder makes of an image -> tokens, as wide as those of texts.
+
+The names are those in the files of h94/IP-Adapter, below `image_proj.`. Each kind computes what diffusers' class does that it
+names. diffusers' own modules are not used: to import what converts these names takes seconds and more than 150 MB.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from img2img_server.runtime.common.device_copy import send
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shapes of tensors, by name."""
+
+_PLAIN_TOKENS = 4
+_HEAD = 64
+"""Width of the heads of a resampler."""
+_MULTIPLE = 4
+"""How many times wider the hidden layer of a resampler's feed-forward network is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """What an image projection is like: the `shapes` of its weights, and how it computes.
+
+    If it `reads_states`, its input is the encoder's hidden states [1, T, H], else the embedding [1, P]. `ins` is the last axis of
+    the input, `outs` that of the tokens.
+    """
+
+    reads_states: bool
+    ins: int
+    outs: int
+    shapes: Shapes
+    compute: Callable[["Projection", torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projection:
+    """An image projection with its weights by name, in any precision. Computes in fp32, on the device of its input."""
+
+    layout: Layout
+    weights: Mapping[str, torch.Tensor]
+
+    def __call__(self, given: torch.Tensor) -> torch.Tensor:
+        """The tokens [1, N, C] of an image."""
+        return self.layout.compute(self, given)
+
+    def get(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """A weight in fp32, on the device of `like`."""
+        return send(self.weights[name], like.device, torch.float32)
+
+    def linear(self, name: str, given: torch.Tensor) -> torch.Tensor:
+        """A linear layer, with its bias if it has one."""
+        bias = self.get(f"{name}.bias", given) if f"{name}.bias" in self.weights else None
+        return functional.linear(given, self.get(f"{name}.weight", given), bias)
+
+    def norm(self, name: str, given: torch.Tensor) -> torch.Tensor:
+        """A layer normalization."""
+        weight = self.get(f"{name}.weight", given)
+        return functional.layer_norm(given, weight.shape, weight, self.get(f"{name}.bias", given))
+
+
+def _plain(own: Projection, embedding: torch.Tensor) -> torch.Tensor:
+    """ImageProjection."""
+    return own.norm("norm", own.linear("proj", embedding).reshape(len(embedding), _PLAIN_TOKENS, -1))
+
+
+def _full(own: Projection, states: torch.Tensor) -> torch.Tensor:
+    """IPAdapterFullImageProjection."""
+    return own.norm("proj.3", own.linear("proj.2", functional.gelu(own.linear("proj.0", states))))
+
+
+def _plus(own: Projection, states: torch.Tensor) -> torch.Tensor:
+    """IPAdapterPlusImageProjection, a resampler."""
+    latents, states = own.get("latents", states), own.linear("proj_in", states)
+    for layer in range(_depth(own.weights)):
+        at = f"layers.{layer}"
+        queries = own.norm(f"{at}.0.norm2", latents)
+        context = torch.cat([own.norm(f"{at}.0.norm1", states), queries], dim=-2)
+        parts = own.linear(f"{at}.0.to_q", queries), *own.linear(f"{at}.0.to_kv", context).chunk(2, dim=-1)
+        heads = [part.unflatten(-1, (-1, _HEAD)).transpose(1, 2) for part in parts]
+        attended = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        latents = own.linear(f"{at}.0.to_out", attended) + latents
+        hidden = functional.gelu(own.linear(f"{at}.1.1", own.norm(f"{at}.1.0", latents)))
+        latents = own.linear(f"{at}.1.3", hidden) + latents
+    return own.norm("norm_out", own.linear("proj_out", latents))
+
+
+def _depth(names: Mapping[str, object]) -> int:
+    """The number of layers of a resampler."""
+    return sum(name.startswith("layers.") and name.endswith(".0.to_q.weight") for name in names)
+
+
+def layout_of(found: Shapes) -> Layout:
+    """The layout of a projection whose weights have the shapes `found`, of which a few say its kind and widths. Raises KeyError
+    for one of these that is missing, ValueError for one with another number of axes."""
+    if "proj.weight" in found:
+        rows, ins = _axes(found, "proj.weight", 2)
+        outs = rows // _PLAIN_TOKENS
+        shapes = {"proj.weight": (outs * _PLAIN_TOKENS, ins), "proj.bias": (outs * _PLAIN_TOKENS,), **_norm("norm", outs)}
+        return Layout(False, ins, outs, shapes, _plain)
+    if "proj.3.weight" in found:
+        outs, ins = _axes(found, "proj.2.weight", 2)
+        shapes = {"proj.0.weight": (ins, ins), "proj.0.bias": (ins,), "proj.2.weight": (outs, ins), "proj.2.bias": (outs,)}
+        return Layout(True, ins, outs, {**shapes, **_norm("proj.3", outs)}, _full)
+    _, tokens, width = _axes(found, "latents", 3)
+    ins, outs = _axes(found, "proj_in.weight", 2)[1], _axes(found, "proj_out.weight", 2)[0]
+    inner = max(_axes(found, "layers.0.0.to_q.weight", 2)[0] // _HEAD, 1) * _HEAD
+    shapes = {
+        **{"latents": (1, tokens, width), "proj_in.weight": (width, ins), "proj_in.bias": (width,)},
+        **{"proj_out.weight": (outs, width), "proj_out.bias": (outs,), **_norm("norm_out", outs)},
+    }
+    for layer in range(_depth(found)):
+        shapes |= _layer(f"layers.{layer}", width, inner)
+    return Layout(True, ins, outs, shapes, _plus)
+
+
+def _layer(name: str, width: int, inner: int) -> Shapes:
+    """A layer of a resampler."""
+    attention, network = f"{name}.0", f"{name}.1"
+    return {
+        **_norm(f"{attention}.norm1", width),
+        **_norm(f"{attention}.norm2", width),
+        f"{attention}.to_q.weight": (inner, width),
+        f"{attention}.to_kv.weight": (2 * inner, width),
+        f"{attention}.to_out.weight": (width, inner),
+        **_norm(f"{network}.0", width),
+        f"{network}.1.weight": (_MULTIPLE * width, width),
+        f"{network}.3.weight": (width, _MULTIPLE * width),
+    }
+
+
+def _norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _axes(found: Shapes, name: str, count: int) -> tuple[int, ...]:
+    shape = found[name]
+    if len(shape) != count:
+        raise ValueError(f"{name} has the shape {list(shape)}")
+    return shape
