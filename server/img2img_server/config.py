@@ -82,6 +82,26 @@ class LoraFolder:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageAdapterFolder:
+    """The image adapters (IP-Adapters) that requests may name. `cache` is in bytes."""
+
+    folder: Path | None = setting(
+        None,
+        "folder of image adapters (IP-Adapters) that requests' image prompts may name: DIR/NAME.safetensors has the id NAME "
+        "(default: requests cannot have image prompts)",
+        metavar="DIR",
+        name="image_adapters",
+    )
+    cache: int = setting(
+        2**30,
+        "memory for image adapters that were read; the least recently used are evicted",
+        metavar="BYTES",
+        least=0,
+        name="image_adapter_cache",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class TlsSettings:
     """The TLS files, in PEM. They are reloaded when they change. With `client_ca`, clients need a certificate that it signed."""
 
@@ -328,6 +348,7 @@ class ServerConfig:
     execution: Execution = section(Execution, "how models are run")
     residency: ModelSettings = section(ModelSettings, "models in memory")
     loras: LoraFolder = section(LoraFolder, "LoRAs of requests")
+    image_adapters: ImageAdapterFolder = section(ImageAdapterFolder, "image adapters of requests")
     tls: TlsSettings = section(TlsSettings, "TLS", prefix="tls_")
     assets: AssetSettings = section(AssetSettings, "assets")
     sources: SourceSettings = section(SourceSettings, "images from URLs")

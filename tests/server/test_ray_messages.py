@@ -12,11 +12,12 @@ from fakes import FakePipeline, make_request
 from img2img_server.api.interceptors import to_status
 from img2img_server.backends.ray import roster
 from img2img_server.backends.ray.messages import Card, ModelQuery, RemoteRequest, ReplicaLost, check_lost
+from img2img_server.bundle.image_adapters import PromptKind
 from img2img_server.bundle.image_encoders import EncoderWidths
 from img2img_server.bundle.manifest import Component
 from img2img_server.engine.request import Completed, Failed, Mask, Progress, Request, RequestWarning, Started, Timings
 from img2img_server.errors import DeadlineUnmeetable, EngineStuck, InvalidField, QueueFull, ServerError, ShuttingDown
-from img2img_server.models.registry import ModelState
+from img2img_server.models.registry import KINDS, ModelState
 from img2img_server.support.call import Call
 from img2img_server.support.model_fields import FieldRule
 from img2img_server.support.source_rule import EditSize, SourceRule
@@ -120,7 +121,9 @@ def test_cards_describe_model_fields_and_edit_mode() -> None:
 def test_cards_say_which_companions_fit() -> None:
     """So a front chooses them before a replica has loaded them."""
     (model,) = store(m=FakePipeline())
-    kinds = {"control_kind": (("family", "Flux"),), "encoder_widths": EncoderWidths(24, 32)}
+    prompts = PromptKind((32, 64), 48)
+    kinds = {"control_kind": (("family", "Flux"),), "encoder_widths": EncoderWidths(24, 32), "prompt_kind": prompts}
+    assert kinds.keys() == KINDS.keys()
     merged = roster._model([_sent(Card.of(replace(model, **kinds)))], 1)  # type: ignore[arg-type]
     assert {name: getattr(merged, name) for name in kinds} == kinds
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import FakePipeline, make_request
@@ -13,7 +14,7 @@ from img2img_server.backends.ray.messages import Card, ModelQuery, RemoteRequest
 from img2img_server.backends.ray.replica import Replica
 from img2img_server.bundle.manifest import Source
 from img2img_server.config import ModelSettings, ServerConfig
-from img2img_server.engine.request import Completed, ControlUse, Failed, Plan, Progress, Queued, Request, Started
+from img2img_server.engine.request import Completed, ControlUse, Failed, ImagePromptUse, Plan, Progress, Queued, Request, Started
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import (
     DeadlineExpired,
@@ -88,12 +89,18 @@ async def test_stream_yields_every_event_in_order() -> None:
     assert [step.preview is not None for step in steps] == [False, True, False]
 
 
-async def test_a_request_keeps_its_controlnets_in_memory() -> None:
+@pytest.mark.parametrize(
+    "uses",
+    [
+        {"controls": (ControlUse("net", Image.new("RGB", (16, 16))),)},
+        {"image_prompts": (ImagePromptUse("plus", (Image.new("RGB", (8, 8)),), encoder="net"),)},
+    ],
+)
+async def test_a_request_keeps_its_controlnets_and_image_encoders_in_memory(uses: dict[str, Any]) -> None:
     pipeline, gate = FakePipeline(), Gate()
     pipeline.before_call = gate
-    controls = (ControlUse("net", Image.new("RGB", (16, 16))),)
     async with replica(store(m=pipeline, net=FakePipeline())) as it:
-        calling = asyncio.create_task(it.transform(job(num_inference_steps=1, strength=1.0, controls=controls)))
+        calling = asyncio.create_task(it.transform(job(num_inference_steps=1, strength=1.0, **uses)))
         await gate.reached.wait()
         unloading = asyncio.create_task(it.unload(ModelQuery(ANYBODY, name="net")))
         await it.look()

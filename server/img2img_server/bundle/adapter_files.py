@@ -68,6 +68,11 @@ class AdapterFiles:
 
     def find(self, name: str) -> AdapterFile:
         """The adapter with the id `name`. Raises AdapterProblem."""
+        path, found = self.locate(name)
+        return AdapterFile(name, path, found.st_size, _digest_of(path, found))
+
+    def locate(self, name: str) -> tuple[Path, os.stat_result]:
+        """The file of the id `name`, and its status. Raises AdapterProblem."""
         if self.folder is None:
             raise AdapterProblem(f"is not available: this server has no folder of {self.what}s (img2img serve {self.flag} DIR)")
         parts = name.split("/")
@@ -82,7 +87,7 @@ class AdapterFiles:
             raise AdapterProblem(self._missing(parts)) from None
         if not stat.S_ISREG(found.st_mode):
             raise AdapterProblem("is not a regular file")
-        return AdapterFile(name, path, found.st_size, _digest_of(path, found))
+        return path, found
 
     def _missing(self, parts: list[str]) -> str:
         assert self.folder is not None, "a folder was searched"

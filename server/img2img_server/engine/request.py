@@ -131,6 +131,12 @@ class Request:
         return self.size or self.image.size
 
 
+def companions_of(request: Request) -> tuple[str, ...]:
+    """The ids of the models that a request uses besides its own: ControlNets and image encoders."""
+    nets = (control.model for control in request.controls if control.model)
+    return (*nets, *(prompt.encoder for prompt in request.image_prompts))
+
+
 def no_step(request: Request) -> InvalidField:
     """The error for a strength that leaves none of the request's steps to run."""
     return InvalidField(

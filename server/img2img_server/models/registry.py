@@ -14,6 +14,7 @@ from typing import Any
 from img2img_server.bundle import controls, image_encoders
 from img2img_server.bundle.companions import FAMILIES
 from img2img_server.bundle.control_kinds import ControlKind, control_kind
+from img2img_server.bundle.image_adapters import PromptKind, prompt_kind
 from img2img_server.bundle.image_encoders import EncoderWidths, encoder_widths
 from img2img_server.bundle.manifest import Manifest, Source, read_manifest
 from img2img_server.config import PRELOAD_WORDS, ModelSettings
@@ -110,7 +111,7 @@ class Model:
     `memory` is its size in memory in bytes, now or when it was last loaded, 0 if unknown. `detail` says to callers what is being
     done, or why it is not ready. `slots` is the memory of its least slots for LoRAs when it was last loaded. `estimates` is how
     the server estimates models' memory. `control_kind` says which ControlNets fit, or of a ControlNet which models;
-    `encoder_widths` are those of an image encoder.
+    `prompt_kind` says which image adapters fit; `encoder_widths` are those of an image encoder.
     """
 
     id: str
@@ -126,6 +127,7 @@ class Model:
     estimates: Estimates = PLAIN
     control_kind: ControlKind = ()
     encoder_widths: EncoderWidths | None = None
+    prompt_kind: PromptKind | None = None
 
     @property
     def state(self) -> ModelState:
@@ -319,7 +321,7 @@ class ModelRegistry:
             return False
         read = _read(found, self._estimates)
         values = {"problem": read.problem, "detail": read.detail, "bundle": found, "loading": False, "estimates": read.estimates}
-        kinds = {"control_kind": read.control_kind, "encoder_widths": read.encoder_widths}
+        kinds = {name: getattr(read, name) for name in KINDS}
         self.change(name, manifest=read.manifest, **kinds, **values)
         _log.info("model '%s' was found", name)
         return True
@@ -438,9 +440,17 @@ def _read(bundle: Path, estimates: Estimates) -> Model:
         return Model(name, problem=failure.problem, bundle=bundle, detail=failure.detail, estimates=estimates)
 
 
+KINDS: dict[str, Callable[[Path, Manifest], Any]] = {
+    "control_kind": control_kind,
+    "encoder_widths": encoder_widths,
+    "prompt_kind": prompt_kind,
+}
+"""The fields of a Model that say what fits it, and how they are read from a bundle."""
+
+
 def kinds_of(bundle: Path, manifest: Manifest) -> dict[str, Any]:
-    """The fields of a Model that say which companions fit it, or which models it fits. Reads the bundle's configurations."""
-    return {"control_kind": control_kind(bundle, manifest), "encoder_widths": encoder_widths(bundle, manifest)}
+    """Those fields. Reads the bundle's configurations."""
+    return {name: read(bundle, manifest) for name, read in KINDS.items()}
 
 
 def _agrees(model: Model, wanted: Source) -> bool:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 from img2img_server.bundle.control_kinds import ControlKind
+from img2img_server.bundle.image_adapters import PromptKind
 from img2img_server.bundle.image_encoders import EncoderWidths
 from img2img_server.bundle.manifest import Manifest, Source, Verification
 from img2img_server.engine.request import Ending, Event, Failed, Request
 from img2img_server.errors import EngineStuck, ShuttingDown
-from img2img_server.models.registry import EngineStatus, Model, ModelState
+from img2img_server.models.registry import KINDS, EngineStatus, Model, ModelState
 from img2img_server.support.call import Call
 from img2img_server.support.model_fields import GUIDED, ModelFields
 from img2img_server.support.source_rule import STRETCHED, SourceRule
@@ -78,13 +79,14 @@ class Card:
     request_fields: ModelFields = field(default_factory=lambda: GUIDED)
     control_kind: ControlKind = ()
     encoder_widths: EncoderWidths | None = None
+    prompt_kind: PromptKind | None = None
 
     @classmethod
     def of(cls, model: Model) -> "Card":
         """The card of a model in the registry."""
         manifest = None if model.manifest is None else _brief(model.manifest)
         memory = model.memory + model.slot_memory
-        kinds: dict[str, Any] = {"control_kind": model.control_kind, "encoder_widths": model.encoder_widths}
+        kinds: dict[str, Any] = {name: getattr(model, name) for name in KINDS}
         card = cls(model.id, manifest, model.state, memory, model.detail, model.engines, **kinds)
         pipeline = model.pipeline
         if pipeline is None:

@@ -23,7 +23,7 @@ from img2img_server.backends.ray.messages import (
 from img2img_server.bundle.manifest import Source
 from img2img_server.config import ServerConfig
 from img2img_server.engine.interface import ignore
-from img2img_server.engine.request import Completed, Ending, Event, Failed, Queued
+from img2img_server.engine.request import Completed, Ending, Event, Failed, Queued, companions_of
 from img2img_server.errors import EngineStuck, ServerError
 from img2img_server.models.registry import ModelState
 from img2img_server.support.call import Call, answering
@@ -125,10 +125,10 @@ class Replica:
                 async with AsyncExitStack() as lease:
                     using = self._backend.residency.using
                     model = await lease.enter_async_context(using(Source(path=request.model)))
-                    nets = [control.model for control in request.controls if control.model]
-                    for net in nets:
-                        await lease.enter_async_context(using(Source(path=net)))
-                    if nets:
+                    companions = companions_of(request)
+                    for name in companions:
+                        await lease.enter_async_context(using(Source(path=name)))
+                    if companions:
                         await self._backend.residency.open_control(model.id)
                     assert model.pipeline is not None, "a model in use is in memory"
                     # Slow for the first request with a scheduler and number of steps.

@@ -24,7 +24,7 @@ from img2img_server.backends.ray.messages import (
 from img2img_server.bundle.manifest import Source
 from img2img_server.engine.request import Failed, Pipeline, Plan, Request
 from img2img_server.errors import ModelNotFound, ModelUnavailable, NoReplica
-from img2img_server.models.registry import Model, ModelRegistry, ModelState
+from img2img_server.models.registry import KINDS, Model, ModelRegistry, ModelState
 from img2img_server.models.residency import Health
 from img2img_server.support.call import current
 from img2img_server.support.model_fields import GUIDED, ModelFields
@@ -273,8 +273,7 @@ def _model(cards: Iterable[Card], replicas: int) -> Model:
         loading=best.state is ModelState.LOADING,
         memory=max(card.memory for card in (best, *others)),
         detail=detail,
-        control_kind=best.control_kind,
-        encoder_widths=best.encoder_widths,
+        **{name: getattr(best, name) for name in KINDS},
     )
 
 
