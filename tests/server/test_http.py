@@ -375,7 +375,7 @@ def test_the_openapi_document_has_every_field_and_the_page_shows_it(server: Runn
     assert found == document()
     for path in (EDITS, VARIATIONS):
         schema = found["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-        assert schema["properties"].keys() == {"image", "mask", "control_image", *(one.name for one in FIELDS)}
+        assert schema["properties"].keys() == {"image", "mask", "control_image", "prompt_image", *(one.name for one in FIELDS)}
     page = get(server, "/docs")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     text = page.body.decode()

@@ -13,8 +13,8 @@ from fakes import FakePipeline
 from img2img_server.bundle.adapter_files import AdapterProblem
 from img2img_server.bundle.image_adapters import (
     AdapterNeeds,
-    ImageAdapter,
     ImageAdapterFiles,
+    ImageAdapterHeader,
     PromptKind,
     difference,
     needs_of,
@@ -24,18 +24,19 @@ from img2img_server.bundle.image_encoders import FAMILY, EncoderWidths
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.models.image_adapters import encoder_of, fitting
 from img2img_server.models.registry import Model, ModelRegistry
+from img2img_server.support.model_fields import IMAGE_PROMPTS
 from running import manifest
 
 Get = Callable[[str], Path]
 KIND = PromptKind(WIDTHS, TEXT)
-PLAIN = ImageAdapter("plain", AdapterNeeds("plain", EMBEDDING, KIND))
+PLAIN = ImageAdapterHeader("plain", AdapterNeeds("plain", EMBEDDING, KIND))
 
 
 @pytest.mark.parametrize(("kind", "width"), [("plain", EMBEDDING), ("full", STATE), ("plus", STATE)])
 def test_the_header_says_what_an_adapter_needs(kind: str, width: int, tmp_path: Path) -> None:
     write_header(tmp_path / "style" / "soft.safetensors", kind)
     adapter, file = ImageAdapterFiles(tmp_path).open("style/soft")
-    assert adapter == ImageAdapter("style/soft", AdapterNeeds(kind, width, KIND))  # type: ignore[arg-type]
+    assert adapter == ImageAdapterHeader("style/soft", AdapterNeeds(kind, width, KIND))  # type: ignore[arg-type]
     assert (adapter.needs.reads_states, file.id, len(file.digest)) == (kind != "plain", "style/soft", 64)
     embedding, states = EncoderWidths(EMBEDDING, 7), EncoderWidths(7, STATE)
     assert (adapter.needs.reads(embedding), adapter.needs.reads(states)) == (kind == "plain", kind != "plain")
@@ -155,7 +156,7 @@ def models(**encoders: EncoderWidths) -> ModelRegistry:
     """A model that takes image prompts, one that takes none, and image encoders."""
     own = manifest("acme/encoder")
     found = [Model(name, replace(own, family=FAMILY), FakePipeline(), encoder_widths=widths) for name, widths in encoders.items()]
-    return ModelRegistry([Model("m", own, FakePipeline(), prompt_kind=KIND), Model("other", own, FakePipeline()), *found])
+    return ModelRegistry([Model("m", own, prompt_kind=KIND), Model("other", own), *found])
 
 
 def anybody(name: str) -> bool:
@@ -182,12 +183,16 @@ def test_the_only_image_encoder_that_fits_is_used_or_the_one_that_is_named() -> 
 
 def test_a_model_lists_the_adapters_that_fit_it_and_have_an_image_encoder() -> None:
     wide = replace(PLAIN, id="wide", needs=replace(PLAIN.needs, fits=replace(KIND, text_width=1)))
-    plus = ImageAdapter("plus", AdapterNeeds("plus", STATE, KIND))
+    plus = ImageAdapterHeader("plus", AdapterNeeds("plus", STATE, KIND))
     adapters = (PLAIN, plus, wide)
     registry = models(a=EncoderWidths(EMBEDDING, 1), h=EncoderWidths(1, STATE))
     assert fitting(registry, registry.get("m"), adapters, anybody) == ["plain", "plus"]
     assert fitting(registry, registry.get("m"), adapters, lambda name: name != "h") == ["plain"]
     assert fitting(registry, registry.get("other"), adapters, anybody) == []
+    pipeline = FakePipeline()
+    for fields, expected in ((pipeline.fields, []), (IMAGE_PROMPTS, ["plain", "plus"])):
+        pipeline.fields = fields
+        assert fitting(registry, replace(registry.get("m"), pipeline=pipeline), adapters, anybody) == expected
     assert fitting(registry, registry.get("h"), adapters, anybody) == []
     twice = models(a=EncoderWidths(EMBEDDING, 1), b=EncoderWidths(EMBEDDING, 1))
     assert fitting(twice, twice.get("m"), adapters, anybody) == []

@@ -454,6 +454,7 @@ def test_models_without_lora_graphs_refuse_loras_with_the_reason(bundle: Get, lo
         ({"sd1//all": 1.0}, r"loras\[0\]\.id", "is not a valid id"),
         ({"sd1\\all": 1.0}, r"loras\[0\]\.id", "is not a valid id"),
         ({"sd1/all\0": 1.0}, r"loras\[0\]\.id", "is not a valid id"),
+        ({"a" * 5000: 1.0}, r"loras\[0\]\.id", f"LoRA '{'a' * 100}' is not in"),
         ({"sdxl/all": 1.0}, r"loras\[0\]\.id", "LoRA 'sdxl/all' "),
         ({str(index): 1.0 for index in range(9)}, "loras", "there are 9, the maximum of this server is 8"),
     ],

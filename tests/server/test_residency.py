@@ -482,7 +482,8 @@ async def test_control_graph_without_memory_for_it_is_refused(folder: Path) -> N
                 await it.residency.open_control("a")
             pipeline.unopened_bytes = 200 * MB
             with pytest.raises(
-                ModelUnavailable, match=r"'a' cannot run with controls: it takes about 540\.0 MB, and models_memory is 500\.0 MB"
+                ModelUnavailable,
+                match=r"'a' cannot run with controls or image prompts: it takes about 540\.0 MB, and models_memory is 500\.0 MB",
             ):
                 await it.residency.open_control("a")
         assert (pipeline.controls_opened, it.store.get("a").state, it.store.get("a").detail) == (0, READY, "")

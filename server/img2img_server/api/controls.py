@@ -1,10 +1,11 @@
 """The control images of a request: checked, their ControlNets found, and the images read at the result's size."""
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from img2img.v1 import image_to_image_pb2 as pb
 
+from img2img_server.api.image_files import held
 from img2img_server.bundle.control_kinds import check_fit
 from img2img_server.bundle.controls import FAMILY, MODE
 from img2img_server.codecs.jobs import LoadImage
@@ -14,14 +15,10 @@ from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits, SizeRule
 from img2img_server.models.registry import Model
 from img2img_server.sources.reading import Sources
-from img2img_server.support.call import current
 
 MOST_CONTROLS = 4
 MAX_SCALE = 10.0
 _NUMBERS = ("scale", "start", "end", MODE)
-
-Lease = Callable[[], Awaitable[Sequence[Model]]]
-"""Loads the ControlNets of a request, in order, and keeps them in memory until it has ended."""
 
 
 def check_controls(message: pb.TransformRequest, sources: Sources, names_nets: bool) -> None:
@@ -108,7 +105,7 @@ class Controls:
         for index, (control, net) in enumerate(zip(controls, nets, strict=True)):
             field, data = await self._sources.read(control.image, f"controls[{index}].image")
             load = LoadImage(field, self._limits, SizeRule(*size), multiple, "PNG")
-            with self._codecs.memory.hold(current(), 0 if control.image.WhichOneof("source") == "data" else len(data)):
+            with held(self._codecs.memory, control.image, data):
                 image, digest, _ = await self._codecs.load(data, load)
             scale, start, end = numbers_of(control)
             name, manifest = ("", None) if net is None else (net.id, net.manifest)

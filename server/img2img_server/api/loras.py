@@ -42,23 +42,24 @@ def find_loras(loras: Sequence[pb.Lora], files: LoraFiles) -> tuple[LoraUse, ...
 
 
 def loras_from(text: str) -> list[pb.Lora]:
-    """Parses "ID" or "ID:SCALE", several separated by commas: the text after the last colon is the scale if it is a number.
-
-    Raises InvalidField.
-    """
-    return [_lora_from(part.strip()) for part in text.split(",")] if text.strip() else []
+    """The LoRAs of a text, as `scaled_ids` reads it. Raises InvalidField."""
+    return [pb.Lora(id=name, scale=scale) for name, scale in scaled_ids(text, "loras")]
 
 
-def _lora_from(text: str) -> pb.Lora:
+def scaled_ids(text: str, field: str) -> list[tuple[str, float | None]]:
+    """The ids and scales of "ID" or "ID:SCALE", several separated by commas: the text after the last colon is the scale if it is
+    a number. Raises InvalidField, naming `field`."""
+    return [_scaled_id(part.strip(), field) for part in text.split(",")] if text.strip() else []
+
+
+def _scaled_id(text: str, field: str) -> tuple[str, float | None]:
     name, colon, last = text.rpartition(":")
     if not text or (colon and not name):
-        raise InvalidField("loras", "a LoRA has no id: write ID or ID:SCALE, several separated by commas")
-    if not colon:
-        return pb.Lora(id=text)
+        raise InvalidField(field, "an id is empty: write ID or ID:SCALE, several separated by commas")
     try:
-        return pb.Lora(id=name, scale=float(last))
+        return (name, float(last)) if colon else (text, None)
     except ValueError:
-        return pb.Lora(id=text)
+        return text, None
 
 
 def _scale(lora: pb.Lora) -> float:

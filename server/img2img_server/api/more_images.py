@@ -7,24 +7,20 @@ checked by the model, and make the rule for its pixels.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from img2img.v1 import image_to_image_pb2 as pb
 from PIL import Image
 
+from img2img_server.api.image_files import ImageFiles
 from img2img_server.api.request_fields import RequestFields
 from img2img_server.codecs.jobs import LoadReference
 from img2img_server.codecs.pool import Codecs
 from img2img_server.errors import InvalidField
 from img2img_server.images import ImageLimits, MaskRule
-from img2img_server.sources.reading import Sources, is_fetched
-from img2img_server.support.call import current
-from img2img_server.support.cancellation import time_limit
+from img2img_server.sources.reading import Sources
 from img2img_server.support.source_rule import MaskUse
 
 _FIELD = "reference_images"
-_SHARE = 2
-"""The reference images of a request have together as many times the bytes and pixels that one image may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,29 +56,14 @@ class References:
         Raises InvalidField, naming the reference or the field for bounds of all, or an error of reading sources and images.
         """
         found: list[ReferenceImage] = []
-        bytes_left, pixels_left = _SHARE * self._limits.max_bytes, _SHARE * self._limits.max_source_pixels
-        seconds_left = self._seconds
+        files = ImageFiles(_FIELD, self._sources, self._codecs.memory, self._limits, self._seconds, self._clock)
         for index, source in enumerate(sources):
-            name = f"{_FIELD}[{index}]"
-            began, fetched = self._clock(), is_fetched(source)
-            async with time_limit(seconds_left if fetched else None, partial(self._too_slow, name)):
-                field, data = await self._sources.read(source, name)
-            if fetched:
-                seconds_left = max(0.0, seconds_left - (self._clock() - began))
-            bytes_left -= len(data)
-            if bytes_left < 0:
-                most = _SHARE * self._limits.max_bytes
-                raise InvalidField(
-                    _FIELD, f"the files have together more than {most} bytes, the maximum: send fewer or smaller ones"
-                )
-            with self._codecs.memory.hold(current(), 0 if source.WhichOneof("source") == "data" else len(data)):
-                image, digest, size = await self._codecs.load_reference(data, LoadReference(field, self._limits, pixels_left))
-            pixels_left -= size[0] * size[1]
+            async with files.open(source, f"{_FIELD}[{index}]") as (field, data):
+                load = LoadReference(field, self._limits, files.pixels_left)
+                image, digest, (width, height) = await self._codecs.load_reference(data, load)
+            files.pixels_left -= width * height
             found.append(ReferenceImage(image, digest))
         return tuple(found)
-
-    def _too_slow(self, name: str) -> InvalidField:
-        return InvalidField(f"{name}.uri", f"fetching the images took longer than {self._seconds:g} seconds together")
 
 
 def mask_rule(message: pb.TransformRequest, fields: RequestFields, use: MaskUse, model: str, by_alpha: bool) -> MaskRule | None:

@@ -3,23 +3,26 @@
 import math
 import secrets
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server import images
-from img2img_server.api.controls import Controls, Lease, check_controls
+from img2img_server.api.companions import CompanionLease
+from img2img_server.api.controls import Controls, check_controls
 from img2img_server.api.fidelity import fidelity_from
-from img2img_server.api.image_prompts import check_image_prompts
+from img2img_server.api.image_files import held
+from img2img_server.api.image_prompts import ImagePrompts, check_image_prompts, find_adapters
 from img2img_server.api.loras import check_loras, find_loras
 from img2img_server.api.more_images import References, mask_rule
 from img2img_server.api.request_fields import RequestFields, fields_of
 from img2img_server.bundle.adapter_files import LoraFiles
+from img2img_server.bundle.image_adapters import ImageAdapterFiles
 from img2img_server.codecs.jobs import LoadImage, LoadMask
 from img2img_server.codecs.pool import Codecs
 from img2img_server.config import DEFAULT_PROMPT, ServerConfig
-from img2img_server.engine.request import Mask, Pipeline, Plan, Request
+from img2img_server.engine.request import ImagePromptUse, Mask, Pipeline, Plan, Request
 from img2img_server.errors import InvalidField
 from img2img_server.models.registry import Model
 from img2img_server.sources.reading import Sources, asset_of
@@ -63,9 +66,9 @@ class ParsedRequest:
 
     `arrival` is in seconds (time.perf_counter). If `as_asset` is set, the images are stored and their ids sent. `source_asset` is
     the id of the source's asset, `mask_asset` of the mask's, `reference_assets` of the references', `control_assets` of the
-    control images', empty if it is none; `mask_rule` is None without a mask. `model` has no pipeline, because the request may
-    outlive the model in memory; `engine` names the pipeline's engine on arrival. `fields` are the names of the fields that affect
-    it.
+    control images', `prompt_assets` of the images of each image prompt, empty if it is none; `mask_rule` is None without a mask.
+    `model` has no pipeline, because the request may outlive the model in memory; `engine` names the pipeline's engine on arrival.
+    `fields` are the names of the fields that affect it.
     """
 
     model: Model
@@ -81,10 +84,7 @@ class ParsedRequest:
     fields: frozenset[str] = frozenset()
     reference_assets: tuple[str, ...] = ()
     control_assets: tuple[str, ...] = ()
-
-
-async def _no_controlnets() -> tuple[Model, ...]:
-    raise AssertionError("requests with controls have a lease of their ControlNets")
+    prompt_assets: tuple[tuple[str, ...], ...] = ()
 
 
 class Parser:
@@ -97,10 +97,12 @@ class Parser:
         self._codecs = codecs
         self._references = References(sources, codecs, config.image_limits, config.sources.http_seconds)
         self._controls = Controls(sources, codecs, config.image_limits)
+        self._prompts = ImagePrompts(sources, codecs, config.image_limits, config.sources.http_seconds)
         self._threads = FairThreads(_PLANNING, "img2img-plan")
         # Of requests that were planned. An address may be of a later pipeline: its first plan is slow, once.
         self._planned: set[Hashable] = set()
         self._loras = LoraFiles(config.loras.folder)
+        self._adapters = ImageAdapterFiles(config.image_adapters.folder)
 
     async def parse(
         self,
@@ -109,10 +111,10 @@ class Parser:
         seconds_left: float | None,
         previews: bool,
         reading: Reading = AS_WRITTEN,
-        lease: Lease = _no_controlnets,
+        companions: CompanionLease | None = None,
     ) -> ParsedRequest:
-        """Checks a message for `model` and fills in defaults. Previews are only drawn if `previews` is set. `lease` loads the
-        ControlNets that the message names.
+        """Checks a message for `model` and fills in defaults. Previews are only drawn if `previews` is set. `companions` loads
+        the ControlNets and image encoders that the message needs; without it, it must need none.
 
         Raises InvalidField, naming the first wrong field, or another ServerError.
         """
@@ -147,7 +149,11 @@ class Parser:
         self._references.check(message.reference_images)
         loras = await self._threads.run(find_loras, message.loras, self._loras) if message.loras else ()
         # Expensive work starts here, after all other fields have been checked.
-        nets = await lease() if message.controls and names_nets else [None] * len(message.controls)
+        nets: Sequence[Model | None] = [None] * len(message.controls)
+        if message.controls and names_nets:
+            assert companions is not None, "there is a lease for companions"
+            nets = await companions.controlnets(message.controls)
+        image_prompts = await self._image_prompts(message, model, companions)
         references = await self._references.read(message.reference_images)
         field, data = await self._sources.read(message.image)
         call = current()
@@ -161,7 +167,7 @@ class Parser:
             source_rule=_pipeline_of(model).source_rule,
             sized_by=references[-1].image.size if references and edit_size is not None and edit_size.by_last else None,
         )
-        with self._codecs.memory.hold(call, 0 if message.image.WhichOneof("source") == "data" else len(data)):
+        with held(self._codecs.memory, message.image, data):
             image, digest, size = await self._codecs.load(data, load)
         mask = None if rule is None else await self._mask(message, rule, size)
         controls = await self._controls.read(message.controls, nets, size, _pipeline_of(model).size_multiple)
@@ -190,6 +196,7 @@ class Parser:
             reference_digests=tuple(reference.digest for reference in references),
             fidelity=fidelity,
             controls=controls,
+            image_prompts=image_prompts,
         )
         plan = await self._plan(_pipeline_of(model), request)
         if not (previews and images.holds(size, "JPEG")):  # as previews are sent
@@ -210,13 +217,25 @@ class Parser:
             fields.used(message),
             tuple(map(asset_of, message.reference_images)),
             tuple(asset_of(control.image) for control in message.controls),
+            tuple(tuple(map(asset_of, prompt.images)) for prompt in message.image_prompts),
         )
+
+    async def _image_prompts(
+        self, message: pb.TransformRequest, model: Model, companions: CompanionLease | None
+    ) -> tuple[ImagePromptUse, ...]:
+        """Finds the adapters of the message's image prompts, loads their image encoders and reads their images."""
+        if not message.image_prompts:
+            return ()
+        assert companions is not None, "there is a lease for companions"
+        adapters = await self._threads.run(find_adapters, message.image_prompts, self._adapters, model)
+        encoders = await companions.encoders([found.adapter for found in adapters])
+        return await self._prompts.read(message.image_prompts, adapters, encoders)
 
     async def _plan(self, pipeline: Pipeline, request: Request) -> Plan:
         """Plans a request, as the engine will again. The slow part of it is cached here, off the engine's and the event loop's
         threads. If one like it was planned before, there is no slow part, and no thread that would wake the event loop."""
         kind = id(pipeline), request.scheduler, request.num_inference_steps, request.strength, request.size, request.fidelity
-        if kind in self._planned and not request.loras and not request.controls:
+        if kind in self._planned and not (request.loras or request.controls or request.image_prompts):
             return pipeline.plan(request)
         plan = await self._threads.run(pipeline.plan, request)
         if len(self._planned) >= _MOST_PLANNED:
@@ -227,7 +246,7 @@ class Parser:
     async def _mask(self, message: pb.TransformRequest, rule: images.MaskRule, size: tuple[int, int]) -> Mask:
         """Reads and decodes the message's mask for a result of `size`."""
         field, data = await self._sources.read(message.mask, "mask")
-        with self._codecs.memory.hold(current(), 0 if message.mask.WhichOneof("source") == "data" else len(data)):
+        with held(self._codecs.memory, message.mask, data):
             image, digest = await self._codecs.load_mask(data, LoadMask(field, self._config.image_limits, size, rule))
         return Mask(image, digest, not message.HasField("mask_paste") or message.mask_paste)
 

@@ -90,6 +90,21 @@ class Provenance:
                 }
                 for use, asset in zip(request.controls, job.control_assets, strict=True)
             ]
+        if request.image_prompts:
+            values["image_prompts"] = [
+                {
+                    "adapter": use.adapter,
+                    "scale": use.scale,
+                    "digest": use.digest,
+                    "encoder": use.encoder,
+                    "encoder_digest": use.encoder_digest,
+                    "images": [
+                        {"digest": digest.hex(), "asset": asset or None}
+                        for digest, asset in zip(use.image_digests, assets, strict=True)
+                    ],
+                }
+                for use, assets in zip(request.image_prompts, job.prompt_assets, strict=True)
+            ]
         if request.mask is not None and job.mask_rule is not None:
             values["mask"] = {
                 **asdict(job.mask_rule),

@@ -4,9 +4,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from img2img.v1 import image_to_image_pb2 as pb
@@ -14,7 +13,7 @@ from img2img.v1 import image_to_image_pb2_grpc as pb_grpc
 from PIL import Image
 
 from img2img_server.access.access import Access
-from img2img_server.api.controls import check_controlnet
+from img2img_server.api.companions import CompanionLease
 from img2img_server.api.fidelity import used_message
 from img2img_server.api.interceptors import to_status
 from img2img_server.api.models import reference_from
@@ -29,8 +28,8 @@ from img2img_server.codecs.pool import Codecs
 from img2img_server.engine.admission import Slot
 from img2img_server.engine.interface import Accepted, EngineInterface
 from img2img_server.engine.request import Completed, Event, Failed, Progress, Queued, Request, Started, UsedSpeedup
-from img2img_server.errors import InvalidField, ModelNotFound, ServerError
-from img2img_server.models.registry import Model, ModelRegistry
+from img2img_server.errors import ServerError
+from img2img_server.models.registry import ModelRegistry
 from img2img_server.support.call import current
 from img2img_server.support.client_limit import ClientLimit
 from img2img_server.telemetry.telemetry import Telemetry
@@ -188,28 +187,8 @@ class ImageToImageService(pb_grpc.ImageToImageServiceServicer):
     ) -> ParsedRequest:
         """Parses a message. The model stays in memory until `lease` is closed."""
         model = await lease.enter_async_context(self._residency.using(reference_from(message.model)))
-        controlnets = partial(self._controlnets, message, model, lease)
-        return await self._parser.parse(message, model, context.time_remaining(), previews, reading, controlnets)
-
-    async def _controlnets(self, message: pb.TransformRequest, used: Model, lease: AsyncExitStack) -> list[Model]:
-        """Loads the ControlNets of a message's controls, which stay in memory until `lease` is closed, and opens the control
-        graph of the `used` model. Raises InvalidField and the errors of finding and loading models, with the control's field."""
-        found = []
-        for index, control in enumerate(message.controls):
-            field, reference = f"controls[{index}].model", reference_from(control.model)
-            try:
-                with suppress(ModelNotFound):  # it may have to be exported first
-                    check_controlnet(self._models.find(reference, current().may_use), used, field)
-                model = await lease.enter_async_context(self._residency.using(reference))
-            except InvalidField as error:
-                raise InvalidField(field, error.description) from None
-            except ModelNotFound as error:
-                raise ModelNotFound(f"{field}: {error}") from None
-            check_controlnet(model, used, field)
-            found.append(model)
-        if found:
-            await self._residency.open_control(used.id)
-        return found
+        companions = CompanionLease(self._models, self._residency, model, lease)
+        return await self._parser.parse(message, model, context.time_remaining(), previews, reading, companions)
 
     async def _follow(
         self, request: Request, slot: Slot, lease: AsyncExitStack, progress: bool

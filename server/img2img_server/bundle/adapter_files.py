@@ -92,7 +92,7 @@ class AdapterFiles:
     def _missing(self, parts: list[str]) -> str:
         assert self.folder is not None, "a folder was searched"
         for suffix in _PICKLES:
-            if self.folder.joinpath(*parts[:-1], parts[-1] + suffix).exists():
+            if _exists(self.folder.joinpath(*parts[:-1], parts[-1] + suffix)):
                 return f"is a pickle ({suffix}), which can run code when read: convert it to safetensors"
         known = self.ids()
         more = "" if len(known) <= _SHOWN else f" and {len(known) - _SHOWN} more"
@@ -103,6 +103,13 @@ class LoraFiles(AdapterFiles):
     """The folder of LoRAs."""
 
     what, flag = "LoRA", "--loras"
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # its name is too long, or a folder may not be read
+        return False
 
 
 def _digest_of(path: Path, found: os.stat_result) -> str:

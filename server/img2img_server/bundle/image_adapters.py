@@ -71,8 +71,9 @@ class AdapterNeeds:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageAdapter:
-    """An image adapter of the folder. `encoder` is the id of the image encoder that its NAME.json names, "" if there is none."""
+class ImageAdapterHeader:
+    """What is known of an image adapter of the folder by its header. `encoder` is the id of the image encoder that its NAME.json
+    names, "" if there is none."""
 
     id: str
     needs: AdapterNeeds
@@ -85,7 +86,7 @@ class ImageAdapterFiles(AdapterFiles):
 
     what, flag = "image adapter", "--image-adapters"
 
-    def known(self) -> Iterator[ImageAdapter]:
+    def known(self) -> Iterator[ImageAdapterHeader]:
         """The adapters that can be used, in order of id. The log has the problems of others."""
         for name in self.ids():
             try:
@@ -93,15 +94,15 @@ class ImageAdapterFiles(AdapterFiles):
             except AdapterProblem:
                 continue
 
-    def read(self, name: str) -> ImageAdapter:
+    def read(self, name: str) -> ImageAdapterHeader:
         """The adapter with the id `name`, by its header. Raises AdapterProblem."""
         path, found = self.locate(name)
         needs = _needs(path, found.st_ino, found.st_size, found.st_mtime_ns)
         if isinstance(needs, str):
             raise AdapterProblem(needs)
-        return ImageAdapter(name, needs, _named_encoder(path))
+        return ImageAdapterHeader(name, needs, _named_encoder(path))
 
-    def open(self, name: str) -> tuple[ImageAdapter, AdapterFile]:
+    def open(self, name: str) -> tuple[ImageAdapterHeader, AdapterFile]:
         """The adapter with the id `name`, and its file with its digest, which takes long for a new file. Raises
         AdapterProblem."""
         return self.read(name), self.find(name)

@@ -16,6 +16,7 @@ from img2img_server import images
 from img2img_server.codecs import structure
 from img2img_server.errors import InvalidField, StorageFailed, root_of
 from img2img_server.images import ImageLimits, MaskRule, SizeRule, WriteFormat
+from img2img_server.images.squares import centered_square, size_before_cut
 from img2img_server.support.source_rule import EDITED, STRETCHED, SourceRule
 
 Reserve = Callable[[int, float], None]
@@ -81,10 +82,12 @@ class LoadImage(_Decoding):
 
 @dataclass(frozen=True, slots=True)
 class LoadReference(_Decoding):
-    """Decodes an image file that a model edits by, at its own size within the limits. Errors name `field`, or reference_images if
-    it has more than `pixels_left`, of those that all have together."""
+    """Decodes one of several image files that a model reads, at its own size within the limits, or to the square of `side` pixels
+    that CLIP's image encoder reads. Errors name `field`, or the field of all if it has more than `pixels_left`, of those that all
+    have together."""
 
     pixels_left: int
+    side: int | None = None
 
     def run(self, data: bytes, reserve: Reserve) -> tuple[Loaded, bytes]:
         """Returns sizes and digest, and the raw RGB pixels. Raises InvalidField or ImageMemoryFull."""
@@ -93,10 +96,12 @@ class LoadReference(_Decoding):
         if source[0] * source[1] > self.pixels_left:
             reason = "the images have together too many pixels: send fewer or smaller ones"
             raise InvalidField(root_of(self.field), reason)
-        _reserve_pixels(data, source[0] * source[1], reserve)
-        image = images.prepare(images.decode(data, self.limits, self.field), source, EDITED, self.limits)
-        pixels = image.tobytes()
-        return Loaded(image.size, digest_of(image.size, pixels), source), pixels
+        square = (0, 0) if self.side is None else size_before_cut(source, self.side)
+        _reserve_pixels(data, source[0] * source[1] + square[0] * square[1], reserve)
+        image = images.decode(data, self.limits, self.field)
+        own = images.prepare(image, source, EDITED, self.limits) if self.side is None else centered_square(image, self.side)
+        pixels = own.tobytes()
+        return Loaded(own.size, digest_of(own.size, pixels), source), pixels
 
 
 @dataclass(frozen=True, slots=True)

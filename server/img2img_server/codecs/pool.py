@@ -289,7 +289,7 @@ class Codecs:
         return await self._decode(data, job, self._loaded)
 
     async def load_reference(self, data: bytes, job: LoadReference) -> tuple[Image.Image, bytes, tuple[int, int]]:
-        """Decodes a reference image. Returns it as its model gets it, its digest, and its own size.
+        """Decodes one of several images. Returns it as its model gets it, its digest, and its own size.
 
         Raises InvalidField or ImageMemoryFull.
         """

@@ -9,19 +9,21 @@ _LONGEST = 64
 def centered_square(image: Image.Image, side: int) -> Image.Image:
     """The middle of an RGB image, [side, side]: the shorter side is resized to it (bicubic), and the ends of the longer one are
     cut off."""
-    image = _bounded(image)
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    longer = int(side * long / short)
-    size = (side, longer) if width <= height else (longer, side)
-    resized = image.resize(size, Image.Resampling.BICUBIC)
+    resized = _middle(image, *_bounded(image.size)).resize(size_before_cut(image.size, side), Image.Resampling.BICUBIC)
     return _middle(resized, side, side)
 
 
-def _bounded(image: Image.Image) -> Image.Image:
-    longest = _LONGEST * min(image.size)
-    width, height = (min(side, longest) for side in image.size)
-    return _middle(image, width, height)
+def size_before_cut(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """The size that an image of that size is resized to before its ends are cut off."""
+    width, height = _bounded(size)
+    longer = int(side * max(width, height) / min(width, height))
+    return (side, longer) if width <= height else (longer, side)
+
+
+def _bounded(size: tuple[int, int]) -> tuple[int, int]:
+    width, height = size
+    longest = _LONGEST * min(size)
+    return min(width, longest), min(height, longest)
 
 
 def _middle(image: Image.Image, width: int, height: int) -> Image.Image:

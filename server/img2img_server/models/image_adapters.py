@@ -3,18 +3,21 @@
 from collections.abc import Iterable
 
 from img2img_server.bundle.adapter_files import AdapterProblem
-from img2img_server.bundle.image_adapters import ImageAdapter
+from img2img_server.bundle.image_adapters import ImageAdapterHeader
 from img2img_server.models.registry import Allowed, Model, ModelRegistry
 
+FIELD = "image_prompts"
+"""The field of requests that ready models which take image prompts list."""
 
-def fitting(models: ModelRegistry, model: Model, adapters: Iterable[ImageAdapter], allowed: Allowed) -> list[str]:
+
+def fitting(models: ModelRegistry, model: Model, adapters: Iterable[ImageAdapterHeader], allowed: Allowed) -> list[str]:
     """The ids of the adapters that fit a model, and whose image encoder is known and may be used by the caller."""
-    if model.prompt_kind is None:
+    if model.prompt_kind is None or (model.pipeline is not None and FIELD not in model.pipeline.fields):
         return []
     return [one.id for one in adapters if one.needs.fits == model.prompt_kind and len(_encoders(models, one, allowed)) == 1]
 
 
-def encoder_of(models: ModelRegistry, adapter: ImageAdapter, allowed: Allowed) -> Model:
+def encoder_of(models: ModelRegistry, adapter: ImageAdapterHeader, allowed: Allowed) -> Model:
     """The image encoder that an adapter reads, ready or not: the one that its NAME.json names, else the only one that fits.
     Raises AdapterProblem."""
     found = _encoders(models, adapter, allowed)
@@ -32,7 +35,7 @@ def encoder_of(models: ModelRegistry, adapter: ImageAdapter, allowed: Allowed) -
     )
 
 
-def _encoders(models: ModelRegistry, adapter: ImageAdapter, allowed: Allowed) -> list[Model]:
+def _encoders(models: ModelRegistry, adapter: ImageAdapterHeader, allowed: Allowed) -> list[Model]:
     return [
         model
         for model in models

@@ -341,7 +341,7 @@ class Residency:
         if needed > budget:
             detail = f"it takes about {in_words(needed)}, and models_memory is {in_words(budget)}"
             if more:
-                raise ModelUnavailable(f"model '{name}' cannot run with controls: {detail}")
+                raise ModelUnavailable(f"model '{name}' cannot run with controls or image prompts: {detail}")
             self._models.change(name, detail=detail)
             raise ModelUnavailable(f"model '{name}' cannot be loaded: {detail}")
         while (used := sum(model.expected_memory for model in self._others(name))) + needed > budget:

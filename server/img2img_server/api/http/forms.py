@@ -23,7 +23,7 @@ _STEP = 256 * 2**10
 """Bytes of the steps in which a body's memory is accounted for. Small bodies are not counted."""
 _BODY_SECONDS, _BYTES_PER_SECOND = 60.0, 64 * 2**10
 """The timeout of a body: fixed seconds, plus one second per this many bytes."""
-_FILES = ("image", "image[]", "mask", "control_image", "control_image[]")
+_FILES = ("image", "image[]", "mask", "control_image", "control_image[]", "prompt_image", "prompt_image[]")
 """Fields that may contain a file."""
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs a warning for each malformed body

@@ -46,6 +46,7 @@ class ModelList:
             "schedulers": list(model.schedulers),
             "fields": [_field(field) for field in model.fields],
             "controlnets": list(model.controlnets),
+            "image_adapters": list(model.image_adapters),
         }
 
 

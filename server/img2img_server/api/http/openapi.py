@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from img2img_server.api.http.controls import IMAGES
+from img2img_server.api.http import controls, image_prompts
 from img2img_server.api.http.exchange import EVENTS, JSON, TIMEOUT, Exchange
 from img2img_server.api.http.fields import FIELDS, FormField
 from img2img_server.support import distribution
@@ -29,6 +29,12 @@ _CONTROL_IMAGE_FIELD = {
     "format": "binary",
     "description": "A control image for the field controls: a file, or its address as text. Repeat it, also as "
     "control_image[], in the order of the controls that have no image (extension)",
+}
+_PROMPT_IMAGE_FIELD = {
+    "type": "string",
+    "format": "binary",
+    "description": "An image for the field image_prompts: a file, or its address as text. Repeat it, also as prompt_image[]. If "
+    "one image prompt has no images, all are for it; if several have none, each gets one, in order (extension)",
 }
 _REQUEST_HEADERS = [
     (TIMEOUT, "Maximum duration of the request in seconds, such as 30. A deadline that cannot be met is refused (504)"),
@@ -133,7 +139,8 @@ def page() -> str:
 
 
 def _form(summary: str, required: list[str]) -> dict[str, Any]:
-    images = {"image": _IMAGE_FIELD, "mask": _MASK_FIELD, IMAGES: _CONTROL_IMAGE_FIELD}
+    images = {"image": _IMAGE_FIELD, "mask": _MASK_FIELD}
+    images |= {controls.IMAGES: _CONTROL_IMAGE_FIELD, image_prompts.IMAGES: _PROMPT_IMAGE_FIELD}
     properties = {**images, **{one.name: _schema(one) for one in FIELDS}}
     schema = {"type": "object", "required": required, "properties": properties}
     headers = [

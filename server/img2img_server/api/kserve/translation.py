@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2 as kserve_pb  # type: ignore[import-un
 
 from img2img_server.api.controls import controls_from
 from img2img_server.api.fidelity import put_fidelity
+from img2img_server.api.image_prompts import add_images, image_prompts_from
 from img2img_server.api.kserve import tensors
 from img2img_server.api.kserve.tensors import Input, Output, shown
 from img2img_server.api.loras import loras_from
@@ -115,6 +116,8 @@ REFERENCES = Input("reference_images", ("BYTES",), (-1,))
 """Image files or addresses, for models that take reference images."""
 CONTROL_IMAGES = Input("control_images", ("BYTES",), (-1,))
 """Image files or addresses, for the ControlNets of the parameter `controls`, or without it for the model itself."""
+PROMPT_IMAGES = Input("prompt_images", ("BYTES",), (-1,))
+"""Image files or addresses, for the image adapters of the parameter `image_prompts`."""
 SETTINGS = (
     Input("prompt", ("BYTES",)),
     Input("negative_prompt", ("BYTES",)),
@@ -131,9 +134,16 @@ SETTINGS = (
 )
 """Inputs named as their fields in TransformRequest. Each may be given as a parameter instead."""
 IMAGES, SEED = Output("images", "BYTES"), Output("seed", "INT64")
-INPUTS = (*SOURCES, *MASKS, REFERENCES, CONTROL_IMAGES, *SETTINGS)
-FIELD_OF = {one.name: "image" for one in SOURCES} | {one.name: "mask" for one in MASKS} | {CONTROL_IMAGES.name: "controls"}
+INPUTS = (*SOURCES, *MASKS, REFERENCES, CONTROL_IMAGES, PROMPT_IMAGES, *SETTINGS)
+FIELD_OF = {
+    **{one.name: "image" for one in SOURCES},
+    **{one.name: "mask" for one in MASKS},
+    CONTROL_IMAGES.name: "controls",
+    PROMPT_IMAGES.name: "image_prompts",
+}
 """The fields of TransformRequest that inputs of other names are for."""
+_IMAGES_OF = {"controls": CONTROL_IMAGES, "image_prompts": PROMPT_IMAGES}
+"""The inputs with the images of fields whose other values are parameters."""
 OUTPUTS = (IMAGES, SEED)
 STEP, STEP_COUNT, PREVIEW = Output("step", "INT64", (1,)), Output("step_count", "INT64", (1,)), Output("preview", "BYTES", (1,))
 PROGRESS = (STEP, STEP_COUNT, PREVIEW)
@@ -191,6 +201,7 @@ async def read(request: Any, threads: FairThreads) -> Task:
     if (fidelity := parameters.text("fidelity")) is not None:
         put_fidelity(message, fidelity)
     _set_controls(message, parameters.text("controls"), given)
+    _set_image_prompts(message, parameters.text("image_prompts"), given)
     message.preview_interval = parameters.integer("preview_interval", 32) or 0
     progress = parameters.truth("progress") or message.preview_interval > 0
     for name in ("mask_invert", "mask_paste"):
@@ -229,8 +240,8 @@ def renamed(sources: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]
         root, path = error.root, error.field
         if root in ("image", "mask"):
             field = sources.get(root, root)
-        elif root == "controls":
-            field = CONTROL_IMAGES.name if "].image" in path else root
+        elif root in _IMAGES_OF:
+            field = _IMAGES_OF[root].name if "].image" in path else root
         elif root in ("loras", "fidelity"):
             field = root
         else:  # elements of the tensor of reference images keep their number
@@ -321,16 +332,31 @@ def _set_loras(message: pb.TransformRequest, text: str | None) -> None:
 
 
 def _set_controls(message: pb.TransformRequest, text: str | None, given: Mapping[str, tensors.Given]) -> None:
-    found = given.get(CONTROL_IMAGES.name)
-    images = found.value if found is not None and isinstance(found.value, tuple) else ()
+    images = _images(CONTROL_IMAGES, given)
     controls = [pb.Control() for _ in images] if text is None else controls_from(text)  # for the model itself, without names
     if len(images) != len(controls):
         raise InvalidField(
             CONTROL_IMAGES.name, f"there are {len(images)}, and the parameter controls names {len(controls)} ControlNets"
         )
-    for control, data in zip(controls, images, strict=True):
-        _set_image(control.image, CONTROL_IMAGES.name, data)
+    for control, image in zip(controls, images, strict=True):
+        control.image.CopyFrom(image)
     message.controls.extend(controls)
+
+
+def _set_image_prompts(message: pb.TransformRequest, text: str | None, given: Mapping[str, tensors.Given]) -> None:
+    images = _images(PROMPT_IMAGES, given)
+    message.image_prompts.extend(image_prompts_from(text or ""))
+    add_images(message.image_prompts, images, PROMPT_IMAGES.name)
+
+
+def _images(one: Input, given: Mapping[str, tensors.Given]) -> list[pb.ImageSource]:
+    """The images of an input: files or addresses."""
+    found = given.get(one.name)
+    sources = []
+    for data in found.value if found is not None and isinstance(found.value, tuple) else ():
+        sources.append(pb.ImageSource())
+        _set_image(sources[-1], one.name, data)
+    return sources
 
 
 async def _set_source(
@@ -366,9 +392,7 @@ def _names(inputs: Sequence[Input]) -> str:
 
 
 def _set_references(message: pb.TransformRequest, given: Mapping[str, tensors.Given]) -> None:
-    found = given.get(REFERENCES.name)
-    for data in found.value if found is not None and isinstance(found.value, tuple) else ():
-        _set_image(message.reference_images.add(), REFERENCES.name, data)
+    message.reference_images.extend(_images(REFERENCES, given))
 
 
 def _set_image(source: pb.ImageSource, name: str, data: bytes) -> None:
