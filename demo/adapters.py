@@ -38,7 +38,7 @@ class AdapterRecipe:
     seed: int = 4
 
 
-LORA = AdapterRecipe(steps=500, rate=1e-3)
+LORA = AdapterRecipe(steps=300, rate=1e-3)
 CONTROLNET = AdapterRecipe(steps=900, rate=3e-4, mixture=Mixture(pair_share=0.4, other_source_share=0.8))
 
 

@@ -51,6 +51,27 @@ class AutoencoderRecipe:
     seed: int = 4
 
 
+@dataclass(frozen=True, slots=True)
+class DecoderRecipe:
+    """How the decoder is sharpened afterwards, with the encoder kept, so that latents stay what they are.
+
+    A decoder that minimizes differences blurs what it is not sure of. Two losses ask for edges as strong as the image's:
+    `energy_weight` is that of the difference between the gradients' strength in windows of 4 x 4 pixels, `ratio_weight` that
+    of the logarithm of the ratio of their energy in the whole batch. (The first alone, as large as here, left 0.82 of the
+    energy: a mean absolute difference of strengths is smallest at their median, below the mean.)
+    """
+
+    steps: int = 1200
+    crops: tuple[tuple[int, int, float], ...] = ((128, 2, 0.5), (256, 1, 0.5))
+    muon_rate: float = 0.004
+    adamw_rate: float = 4e-4
+    edge_weight: float = 0.5
+    energy_weight: float = 16.0
+    ratio_weight: float = 0.3
+    latent_noise: float = 0.03
+    seed: int = 7
+
+
 def build_autoencoder() -> AutoencoderKL:
     """An untrained autoencoder of factor 8 without attention.
 
@@ -88,7 +109,22 @@ def edge_loss(difference: Tensor, scales: int = 3) -> Tensor:
     return total
 
 
-def _draw_batch(pixels: Pixels, recipe: AutoencoderRecipe, step: int) -> Tensor:
+def energy_loss(output: Tensor, image: Tensor, window: int = 4) -> Tensor:
+    """Mean absolute difference of the gradients' strength (root of the mean square in windows) of two batches of images."""
+    total = torch.zeros(())
+    for axis in (2, 3):
+        energies = [functional.avg_pool2d(batch.diff(dim=axis).square(), window) + 1e-4 for batch in (output, image)]
+        total = total + (energies[0].sqrt() - energies[1].sqrt()).abs().mean()
+    return total
+
+
+def energy_ratio_loss(output: Tensor, image: Tensor) -> Tensor:
+    """Absolute logarithm of the ratio of the gradients' energy in two batches of images."""
+    energies = [batch.diff(dim=2).square().mean() + batch.diff(dim=3).square().mean() + 1e-6 for batch in (output, image)]
+    return (energies[0] / energies[1]).log().abs()
+
+
+def _draw_batch(pixels: Pixels, recipe: AutoencoderRecipe | DecoderRecipe, step: int) -> Tensor:
     random = np.random.default_rng((recipe.seed, step))
     drawn = random.choice(len(recipe.crops), p=[probability for _, _, probability in recipe.crops])
     crop, count, _ = recipe.crops[drawn]
@@ -166,6 +202,39 @@ def train_autoencoder(pixels: Pixels, unseen: Pixels, recipe: AutoencoderRecipe,
     average.eval()
     even_out(average, encode(average, pixels[:: max(1, len(pixels) // 256)]))
     return average
+
+
+def sharpen_decoder(vae: AutoencoderKL, pixels: Pixels, unseen: Pixels, recipe: DecoderRecipe, work: Path) -> None:
+    """Train the decoder further in place, from the checkpoint in `work` if there is one."""
+    trained = [*vae.decoder.named_parameters(), *vae.post_quant_conv.named_parameters()]
+    inner, outer = split_for_muon(trained, ("conv_in.weight", "conv_out.weight"))
+    adamw = torch.optim.AdamW(outer, recipe.adamw_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    optimizers = {"muon": (Muon(inner, recipe.muon_rate), recipe.muon_rate), "adamw": (adamw, recipe.adamw_rate)}
+    parts = {"vae": vae, **{name: optimizer for name, (optimizer, _) in optimizers.items()}}
+    checkpoint = Checkpoint(work / "decoder.pt", parts)
+    vae.to(memory_format=torch.channels_last)
+    started, parameters, first = time.monotonic(), [*inner, *outer], checkpoint.restore()
+    for step in range(first, recipe.steps):
+        torch.manual_seed(recipe.seed * 1_000_003 + step)
+        image = _draw_batch(pixels, recipe, step)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(image).latent_dist.mean
+            output = vae.decode(latents + recipe.latent_noise * torch.randn_like(latents)).sample
+        difference = output.float() - image
+        loss = difference.abs().mean() + recipe.edge_weight * edge_loss(difference)
+        loss = loss + recipe.energy_weight * energy_loss(output.float(), image)
+        loss = loss + recipe.ratio_weight * energy_ratio_loss(output.float(), image)
+        vae.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer, rate in optimizers.values():
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 40, 0.01 + 1.5 * (1 - (step + 1) / recipe.steps))
+            optimizer.step()
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.steps:
+            checkpoint.save(step + 1)
+            figures = f"{reconstruction_psnr(vae, unseen):.2f} dB, edges with {edge_energy(vae, unseen):.2f} of their energy"
+            print(f"decoder {step + 1}/{recipe.steps} {figures} {time.monotonic() - started:.0f} s", flush=True)
 
 
 @torch.no_grad()

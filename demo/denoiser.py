@@ -13,7 +13,7 @@ from checkpoints import Checkpoint
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from muon import Muon, split_for_muon
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,23 @@ def build_denoiser() -> UNet2DConditionModel:
         attention_head_dim=4,
         norm_num_groups=16,
     )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """An untrained CLIP text encoder: three layers of 128."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
 
 
 def train_denoiser(

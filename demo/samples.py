@@ -7,20 +7,20 @@ import argparse
 from pathlib import Path
 
 import torch
-from captions import DEFAULT_PROMPT
 from diffusers import StableDiffusionImg2ImgPipeline
-from landscapes import render
+from painting import render
 from PIL import Image
+from scenes import DEFAULT_PROMPT
 
 DEMO = Path(__file__).parent
-SOURCES = {"noon-lake.png": 1_000_004, "noon-hills.png": 1_000_003, "noon-dunes.png": 1_000_005}
+SOURCES = {"noon-lake.png": 1_000_020, "noon-hills.png": 1_000_117, "noon-dunes.png": 1_000_021}
 """File name -> seed of an unseen layout."""
-PROMPTS = (DEFAULT_PROMPT, "at night", "in winter", "in autumn", "on a foggy day", "winter night")
+PROMPTS = (DEFAULT_PROMPT, "at night", "in winter", "in autumn", "on a foggy day")
 
 
 def make_sheet(model: Path, sources: list[Image.Image], strength: float = 0.8) -> Image.Image:
     """One row per source: the source, then each prompt at 25 steps, guidance 7.5, seed 7."""
-    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(model)
+    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     sheet = Image.new("RGB", (sources[0].width * (1 + len(PROMPTS)), sources[0].height * len(sources)))
     for row, source in enumerate(sources):

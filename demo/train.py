@@ -1,32 +1,44 @@
-"""Train the demo model: `python demo/train.py --output DIR` makes everything in demo/model.
+"""Train the demo model: `python demo/train.py --output DIR` makes the demo model, its LoRA and its ControlNet from the generator.
 
-Images and captions come from the generator, so nothing is downloaded. The budget is in steps and every random number is seeded,
-so that a second run gives the same model up to the order of floating-point sums. With `--start MODEL` the autoencoder and the
-UNet continue from that model's weights; without it both start untrained.
+Nothing is downloaded. The stages are the autoencoder, its decoder once more, the latents of all posters, the tokenizer, the UNet
+with its text encoder, a ControlNet of outlines, and a watercolor LoRA. `--work` keeps what each stage made, and checkpoints: the
+same command continues after an interruption. Every random number is seeded, so that a second run gives the same model up to the
+order of floating-point sums.
 
 The script restarts itself with the environment of `FAST_MEMORY`, which glibc and OpenMP read only at process start. It keeps
 freed memory for the next step instead of returning it to the kernel, which zeroes it page by page: on 2 AVX2 cores a forward and
-backward pass of the UNet at batch 16 took 0.75 s with it, 3 to 5 s without.
+backward pass of a UNet at batch 16 took 0.75 s with it, 3 to 5 s without.
 """
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from captions import EXTRA_WORDS
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from latents import CaptionDraw, Mixture, draw_captions, make_caption_table, make_latents
-from make_data import ImageSet, make_images
+from adapters import CONTROLNET, LORA, AdapterRecipe, train_controlnet, train_lora, watercolors
+from autoencoder import (
+    AutoencoderRecipe,
+    DecoderRecipe,
+    Pixels,
+    edge_energy,
+    encode,
+    reconstruction_psnr,
+    sharpen_decoder,
+    train_autoencoder,
+)
+from batches import LatentSet, make_caption_table, make_latent_set
+from denoiser import DenoiserRecipe, Phase, build_denoiser, build_scheduler, build_text_encoder, train_denoiser
+from diffusers import AutoencoderKL
+from posterset import PosterSet, make_posters, unseen_posters
 from saving import save_pipeline
+from scenes import EXTRA_WORDS, draw_captions
 from tokenizer import train_tokenizer
-from torch import Tensor, nn
-from train_unet import UnetRecipe, build_scheduler, build_text_encoder, build_unet, train_unet
-from train_vae import VaeRecipe, build_vae, reconstruction_psnr, train_vae
+from torch import Tensor
 
 FAST_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -37,104 +49,96 @@ FAST_MEMORY = {
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """The whole training. The defaults made the committed weights, from the start described in the model card."""
+class DemoRecipe:
+    """The whole training."""
 
-    layouts: int = 2000
-    images_per_layout: int = 7
-    unet_layouts: int = 1200
-    vae: VaeRecipe = field(default_factory=VaeRecipe)
-    unet: tuple[UnetRecipe, ...] = (
-        UnetRecipe(steps=2000, strip_width=8),
-        UnetRecipe(
-            steps=500,
-            learning_rate=5e-4,
-            warm_up=30,
-            decay=450,
-            final_rate=0.5,
-            mixture=Mixture(pair_share=0.75),
-            seed=5,
-        ),
-        UnetRecipe(
-            steps=560,
-            learning_rate=4e-4,
-            warm_up=30,
-            decay=530,
-            mixture=Mixture(pair_share=0.9, earliest_start=480, latest_start=850),
-            captions=CaptionDraw(nameless=45, seed=6),
-            seed=6,
-        ),
-    )
+    layouts: int = 1200
+    images_per_layout: int = 8
+    captions_per_scene: int = 64
+    size: int = 256
+    autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
+    decoder: DecoderRecipe = field(default_factory=DecoderRecipe)
+    denoiser: DenoiserRecipe = field(default_factory=DenoiserRecipe)
+    adapter_layouts: int = 400
+    lora: AdapterRecipe = LORA
+    controlnet: AdapterRecipe = CONTROLNET
     seed: int = 3
 
 
-SMOKE = Recipe(
-    layouts=4,
-    images_per_layout=3,
-    vae=VaeRecipe(steps=4, batch=2),
-    unet=(
-        UnetRecipe(steps=2, strip_width=8, mixture=Mixture(batch=2), captions=CaptionDraw(per_scene=2)),
-        UnetRecipe(steps=4, decay=2, mixture=Mixture(batch=2), captions=CaptionDraw(per_scene=2, nameless=1)),
-    ),
+SMOKE = DemoRecipe(
+    layouts=3,
+    images_per_layout=4,
+    captions_per_scene=2,
+    autoencoder=AutoencoderRecipe(steps=2, crops=((64, 2, 1.0),)),
+    decoder=DecoderRecipe(steps=2, crops=((64, 2, 1.0),)),
+    denoiser=DenoiserRecipe(phases=(Phase(steps=1, strip_width=8), Phase(steps=1, strip_width=32)), decay=1),
+    adapter_layouts=2,
+    lora=replace(LORA, steps=1),
+    controlnet=replace(CONTROLNET, steps=1),
 )
 """A few steps of everything, to test that it runs; the result is untrained."""
 
 
-def take_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> int:
-    """Copy the weights whose name and shape match into a module; return their number."""
-    own = module.state_dict()
-    taken = {name: weight for name, weight in weights.items() if name in own and own[name].shape == weight.shape}
-    module.load_state_dict(taken, strict=False)
-    return len(taken)
+def _saved(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor in a file, made and written first if there is none."""
+    if not path.exists():
+        torch.save(make(), path)
+    loaded: Tensor = torch.load(path, weights_only=True, mmap=True)
+    return loaded
 
 
-def _start_vae(model: Path) -> AutoencoderKL:
-    vae = build_vae()
-    vae.load_state_dict(AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32).state_dict())
-    return vae
-
-
-def _start_unet(unet: UNet2DConditionModel, model: Path) -> None:
-    weights = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32).state_dict()
-    print(f"UNet starts with {take_weights(unet, weights)} of {len(unet.state_dict())} weights of {model}", flush=True)
-
-
-def _vae_stage(images: ImageSet, recipe: Recipe, start: Path | None, work: Path) -> AutoencoderKL:
-    saved = work / "vae"
+def _autoencoder_stage(pixels: Pixels, recipe: DemoRecipe, work: Path) -> AutoencoderKL:
+    saved = work / "autoencoder"
+    unseen = unseen_posters(16, size=recipe.size)
     if not saved.exists():
-        train_vae(images.pixels, recipe.vae, start and _start_vae(start)).save_pretrained(saved)
+        vae = train_autoencoder(pixels, unseen, recipe.autoencoder, work)
+        sharpen_decoder(vae, pixels, unseen, recipe.decoder, work)
+        vae.save_pretrained(saved)
     vae = AutoencoderKL.from_pretrained(saved)
-    print(f"autoencoder: {reconstruction_psnr(vae, images.pixels[:: images.per_layout][:64]):.1f} dB", flush=True)
+    quality, edges = reconstruction_psnr(vae, unseen), edge_energy(vae, unseen)
+    print(f"autoencoder: {quality:.1f} dB on unseen layouts, edges with {edges:.2f} of their energy", flush=True)
     return vae
 
 
-def _unet_stage(images: ImageSet, vae: AutoencoderKL, recipe: Recipe, start: Path | None, output: Path, work: Path) -> None:
-    captions = draw_captions(recipe.unet[0].captions)
-    tokenizer = train_tokenizer([*captions, *EXTRA_WORDS.split()], work / "tokenizer")
-    data = make_latents(images.first_layouts(recipe.unet_layouts), vae, make_caption_table(tokenizer, captions))
-    print(f"latents {tuple(data.latents.shape)}", flush=True)
-    torch.manual_seed(recipe.seed)
-    unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
-    if start is not None:
-        _start_unet(unet, start)
+def _latents(vae: AutoencoderKL, posters: PosterSet) -> Tensor:
+    """The latents of all posters in half precision, with progress.
 
-    def checkpoint() -> None:
-        save_pipeline(work / "checkpoint", vae, unet, text_encoder, tokenizer, build_scheduler())
-
-    for phase in recipe.unet:
-        phase_data = replace(data, captions=make_caption_table(tokenizer, draw_captions(phase.captions)))
-        train_unet(phase_data, unet, text_encoder, phase, checkpoint)
-    save_pipeline(output, vae, unet, text_encoder, tokenizer, build_scheduler())
+    Encoding in bfloat16 changes them by a hundredth of their spread.
+    """
+    vae.to(memory_format=torch.channels_last)
+    started, parts = time.monotonic(), []
+    for start in range(0, len(posters.pixels), 200):
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(encode(vae, posters.pixels[start : start + 200]).half())
+        print(f"latents {start + len(parts[-1])}/{len(posters.pixels)} {time.monotonic() - started:.0f} s", flush=True)
+    return torch.cat(parts)
 
 
-def train(recipe: Recipe, start: Path | None, output: Path, work: Path) -> None:
-    """Run all stages. `work` keeps the autoencoder and the UNet's checkpoints; a trained autoencoder in it is used."""
-    torch.manual_seed(recipe.seed)
+def train(recipe: DemoRecipe, output: Path, work: Path) -> None:
+    """Run all stages that `work` does not have yet, and write `model`, `loras` and `controlnet` in `output`."""
+    work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    images = make_images(recipe.layouts, recipe.images_per_layout)
-    print(f"{len(images.pixels)} images in {time.monotonic() - started:.0f} s", flush=True)
-    vae = _vae_stage(images, recipe, start, work)
-    _unet_stage(images, vae, recipe, start, output, work)
+    posters = make_posters(recipe.layouts, recipe.images_per_layout, recipe.size)
+    print(f"{len(posters.pixels)} posters in {time.monotonic() - started:.0f} s", flush=True)
+    vae = _autoencoder_stage(posters.pixels, recipe, work)
+    latents = _saved(work / "latents.pt", lambda: _latents(vae, posters))
+    captions = draw_captions(recipe.captions_per_scene, recipe.seed)
+    tokenizer = train_tokenizer([*captions, *EXTRA_WORDS.split()], work / "tokenizer")
+    data: LatentSet = make_latent_set(latents, posters, make_caption_table(tokenizer, captions))
+    torch.manual_seed(recipe.seed)
+    unet, text_encoder = build_denoiser(), build_text_encoder(tokenizer)
+
+    def save(directory: Path) -> None:
+        save_pipeline(directory, vae, unet, text_encoder, tokenizer, build_scheduler())
+
+    train_denoiser(data, unet, text_encoder, recipe.denoiser, work, lambda: save(work / "milestone"))
+    save(output / "model")
+    some = replace(data, latents=data.latents[: recipe.adapter_layouts], scenes=data.scenes[: recipe.adapter_layouts])
+    train_controlnet(some, unet, text_encoder, recipe.controlnet, work, output / "controlnet")
+    painted = watercolors(posters.first(recipe.adapter_layouts))
+    latents = _saved(work / "watercolors.pt", lambda: _latents(vae, painted))
+    some = make_latent_set(latents, painted, data.captions)
+    train_lora(some, unet, text_encoder, recipe.lora, work, output / "loras" / "watercolor.safetensors")
     print(f"{output} written after {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -147,9 +151,8 @@ def begin_with_fast_memory() -> None:
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="directory for the pipeline")
-    parser.add_argument("--start", type=Path, metavar="MODEL", help="a Stable Diffusion model of the same sizes to continue from")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="directory for the model, its LoRA and its ControlNet")
     parser.add_argument("--work", type=Path, help="directory for stages and checkpoints (default: OUTPUT-work)")
     parser.add_argument("--smoke", action="store_true", help="a few steps, to test that everything runs")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
@@ -157,9 +160,9 @@ def main() -> None:
     begin_with_fast_memory()
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
+    np.seterr(all="raise", under="ignore")
     work = arguments.work or arguments.output.with_name(arguments.output.name + "-work")
-    work.mkdir(parents=True, exist_ok=True)
-    train(SMOKE if arguments.smoke else Recipe(), arguments.start, arguments.output, work)
+    train(SMOKE if arguments.smoke else DemoRecipe(), arguments.output, work)
 
 
 if __name__ == "__main__":

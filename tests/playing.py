@@ -84,7 +84,7 @@ class InvertingPipeline(FakePipeline):
     def __init__(self, gate: Gate) -> None:
         super().__init__()
         self.before["denoise"] = gate.pass_one
-        self.native_size = (128, 128)  # IMAGE's
+        self.native_size = (256, 256)  # IMAGE's
         self.source_rule = SourceRule(mask="optional")
         self.fields = {**GUIDED, "reference_images": FieldRule(), "loras": FieldRule(), **NAMES_CONTROLNETS}
         self.let_go = threading.Semaphore(0)

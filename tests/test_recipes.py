@@ -94,22 +94,22 @@ def test_a_folder_of_images(folder: Path, port: str) -> None:
     made = run(folder, program("A folder of images", p50051=port)).split()
     assert made == [f"winter/noon-{name}.png" for name in ("dunes", "hills", "lake")]
     for name in made:
-        assert size(folder / name) == (128, 128)
+        assert size(folder / name) == (256, 256)
         assert (folder / name).read_bytes() != (folder / "demo" / "images" / Path(name).name).read_bytes()
 
 
 def test_large_photos_and_long_prompts(folder: Path, port: str) -> None:
     fitted, warning = run(folder, program("Large photos and long prompts", p50051=port)).splitlines()
-    assert fitted == "152 x 104"
+    assert fitted == "312 x 208"
     assert warning.startswith("prompt PROMPT_TRUNCATED ")
     assert warning.endswith("with snow on every tree and on every roof ,"), "as the tokenizer spells it"
-    assert size(folder / "hills.png") == (152, 104)
+    assert size(folder / "hills.png") == (312, 208)
 
 
 def test_redraw_a_part(folder: Path, port: str) -> None:
     run(folder, program("Redraw a part", p50051=port))
     with Image.open(folder / "demo" / "images" / "noon-lake.png") as source, Image.open(folder / "sky.png") as made:
-        below, above = (0, 100, 128, 128), (0, 0, 128, 40)
+        below, above = (0, 200, 256, 256), (0, 0, 256, 80)
         assert made.convert("RGB").crop(below).tobytes() == source.convert("RGB").crop(below).tobytes()
         assert made.convert("RGB").crop(above).tobytes() != source.convert("RGB").crop(above).tobytes()
 
@@ -117,8 +117,8 @@ def test_redraw_a_part(folder: Path, port: str) -> None:
 def test_a_larger_canvas(folder: Path, port: str) -> None:
     run(folder, program("A larger canvas", p50051=port))
     with Image.open(folder / "demo" / "images" / "noon-lake.png") as source, Image.open(folder / "wide.png") as made:
-        assert made.size == (192, 128)
-        kept = (0, 0, 112, 128)
+        assert made.size == (320, 256)
+        kept = (0, 0, 240, 256)
         assert made.convert("RGB").crop(kept).tobytes() == source.convert("RGB").crop(kept).tobytes()
 
 
@@ -132,13 +132,13 @@ def test_progress_and_previews(folder: Path, port: str) -> None:
     said = run(folder, program("Progress and previews", p50051=port)).splitlines()
     assert [line for line in said if line.startswith("step")] == [f"step {step} of 6" for step in range(1, 7)]
     assert re.fullmatch(r"seed \d+ on \S+", next(line for line in said if line.startswith("seed")))
-    assert [size(folder / f"preview-{step}.jpg") for step in (2, 4)] == [(16, 16)] * 2
-    assert size(folder / "lake.png") == (128, 128)
+    assert [size(folder / f"preview-{step}.jpg") for step in (2, 4)] == [(32, 32)] * 2
+    assert size(folder / "lake.png") == (256, 256)
 
 
 def test_cancel_early(folder: Path, port: str) -> None:
     assert run(folder, program("Cancel early", p50051=port)) == "left after step 3\n"
-    assert size(folder / "enough.png") == (128, 128)
+    assert size(folder / "enough.png") == (256, 256)
 
 
 def test_deadlines(folder: Path, port: str) -> None:
@@ -156,7 +156,7 @@ def test_retry_when_the_server_is_full(folder: Path, port: str) -> None:
 def test_edit_in_rounds_with_assets(folder: Path, port: str) -> None:
     rounds = run(folder, program("Edit in rounds with assets", p50051=port)).splitlines()
     assert [line.rpartition(" ")[0] for line in rounds] == ["the lake in autumn", "the lake in autumn, at dusk"]
-    assert size(folder / "dusk.png") == (128, 128)
+    assert size(folder / "dusk.png") == (256, 256)
     assert [path for path in (folder / "assets").rglob("*") if re.fullmatch(r"[0-9a-f]{64}", path.name)] == []
 
 
@@ -177,7 +177,7 @@ def test_concurrent_requests_with_asyncio(folder: Path, port: str) -> None:
     assert sorted(names) == sorted(
         f"noon-{it}-{season}.webp" for it in ("dunes", "hills", "lake") for season in ("winter", "autumn")
     )
-    assert all(size(folder / name) == (128, 128) for name in names)
+    assert all(size(folder / name) == (256, 256) for name in names)
 
 
 def test_a_web_page_with_live_progress(folder: Path, port: str) -> None:

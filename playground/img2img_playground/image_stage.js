@@ -124,7 +124,8 @@ export default {
     pen() {
       const pen = this.canvas().getContext("2d");
       Object.assign(pen, { fillStyle: "#fff", strokeStyle: "#fff", lineCap: "round", lineJoin: "round" });
-      pen.lineWidth = (Math.max(...this.canvasSize) * this.brush) / 100;
+      // An eraser of the same width would leave the anti-aliased edges of a stroke.
+      pen.lineWidth = (Math.max(...this.canvasSize) * this.brush) / 100 + (this.erasing ? 2 : 0);
       pen.globalCompositeOperation = this.erasing ? "destination-out" : "source-over";
       return pen;
     },

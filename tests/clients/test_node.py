@@ -28,7 +28,7 @@ def test_a_file_is_transformed(run: Run, server: RunningServer, tmp_path: Path) 
     target = f"localhost:{server.port}"
     lines = succeeded(run("transform.js", IMAGE, "out.png", "--seed", 2**63 - 1, "--steps", 4, target=target))
     # A seed of 63 bits, which no JavaScript number holds, goes there and comes back.
-    assert lines[0] == f"out.png: 128 x 128, seed {2**63 - 1}, m on fake:cpu"
+    assert lines[0] == f"out.png: 256 x 256, seed {2**63 - 1}, m on fake:cpu"
     assert re.fullmatch(r"\d+ ms on the server, request [0-9a-f]{32}", lines[1])
     assert same(tmp_path / "out.png", IMAGE)
     succeeded(run("transform.js", IMAGE, "out.webp", "--steps", 4, target=target))
@@ -85,7 +85,7 @@ def test_reference_images_and_the_fields_of_a_model(node: Path) -> None:
     assert lines[1] == "reference_images[1].path is not a field of img2img.v1.ImageSource"
     assert lines[2].startswith("strength: this model has no strength")
     request = pipeline.prepared[-1].request
-    assert ([image.size for image in request.references], request.true_cfg_scale) == ([(128, 128)] * 2, 2.5)
+    assert ([image.size for image in request.references], request.true_cfg_scale) == ([(256, 256)] * 2, 2.5)
 
 
 CONTROLS = """
@@ -119,7 +119,7 @@ def test_controls_of_a_request(node: Path) -> None:
     assert lines[3].startswith("controls[1].model: model 'm' is not a ControlNet")
     (request,) = (state.request for state in pipeline.prepared)
     found = [(use.model, use.scale, use.start, use.end, use.image.size) for use in request.controls]
-    assert found == [("edges", 0.5, 0.0, 0.75, (128, 128)), ("edges", 1.0, 0.0, 1.0, (128, 128))]
+    assert found == [("edges", 0.5, 0.0, 0.75, (256, 256)), ("edges", 1.0, 0.0, 1.0, (256, 256))]
 
 
 LEAVING = """

@@ -17,9 +17,11 @@ from img2img_export.verify import latent_preview
 from img2img_export.verify.images import sample_image
 from img2img_server.bundle.manifest import read_manifest, write_manifest
 from img2img_server.runtime.diffusion.preview import draw
-from landscapes import UNSEEN_LAYOUTS, build_geometry, draw_layout, paint
-from make_data import MOODS
+from painting import paint
 from PIL import Image
+from posters import build_geometry, draw_layout
+from posterset import UNSEEN_LAYOUTS
+from scenes import MOODS
 
 Get = Callable[[str], Path]
 
@@ -62,8 +64,9 @@ def test_tiny_model_previews_explain_some_variance(name: str, tiny_model: Get) -
 
 
 def test_demo_previews_explain_most_of_the_color_variance(demo_weights: latent_preview.LatentPreview) -> None:
-    scenes = [build_geometry(draw_layout(seed)) for seed in UNSEEN_LAYOUTS[:4]]
-    share = explained(pipeline(DEMO_MODEL).vae, [paint(scene, *mood) for scene in scenes for mood in MOODS], demo_weights)
+    scenes = [build_geometry(draw_layout(seed), 128) for seed in UNSEEN_LAYOUTS[:4]]
+    images = [paint(scene, *mood).transpose(1, 2, 0) for scene in scenes for mood in MOODS]
+    share = explained(pipeline(DEMO_MODEL).vae, images, demo_weights)
     print(f"{share:.2f} of the variance")
     assert share > 0.7
 

@@ -459,7 +459,7 @@ def test_history_keeps_the_newest_within_its_bounds() -> None:
 def test_images_are_read_by_their_header() -> None:
     image = read_image(IMAGE.read_bytes(), "C:\\here\\..\\noon-lake.png")
     assert (image.name, image.stem, image.media_type) == ("noon-lake.png", "noon-lake", "image/png")
-    assert (image.width, image.height) == (128, 128)
+    assert (image.width, image.height) == (256, 256)
     exif = Image.Exif()
     exif[0x0112] = 6  # on its side
     lying = read_image(_file(kind="JPEG", exif=exif), "../../etc/x\n.jpg")

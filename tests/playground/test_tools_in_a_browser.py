@@ -39,7 +39,7 @@ async def test_phone_photo_is_fitted_to_the_models_size(visitor: Visitor, tmp_pa
     await visitor.choose(photo)
     await visitor.transform()
     width, height = await _size(visitor)
-    assert 128 * 128 * 0.8 <= width * height <= 128 * 128 * 1.2, "the model's area"
+    assert 256 * 256 * 0.8 <= width * height <= 256 * 256 * 1.2, "the model's area"
     assert abs(width / height - 1.5) < 0.15, "the photo's aspect ratio"
 
 
@@ -58,7 +58,7 @@ async def test_the_size_can_be_exact(visitor: Visitor) -> None:
     await _choose_option(visitor, "Size", "Model's native size")
     await expect(visitor.page.get_by_label("Width")).to_be_hidden()
     await visitor.transform()
-    assert await _size(visitor) == (128, 128)
+    assert await _size(visitor) == (256, 256)
 
 
 async def test_several_images_are_made_and_saved_at_once(visitor: Visitor) -> None:
@@ -80,7 +80,7 @@ async def test_several_images_are_made_and_saved_at_once(visitor: Visitor) -> No
         assert len(archive.namelist()) == 3
         for name in archive.namelist():
             with Image.open(io.BytesIO(archive.read(name))) as image:
-                assert image.size == (128, 128)
+                assert image.size == (256, 256)
 
 
 async def test_images_can_be_viewed_side_by_side_and_zoomed(visitor: Visitor) -> None:
@@ -163,7 +163,7 @@ async def test_dropping_a_result_restores_its_settings(visitor: Visitor) -> None
     await expect(seed).to_have_value("77")
     await expect(visitor.page.get_by_label("Negative prompt")).to_have_value("fog")
     await expect(visitor.page.locator("[data-field=strength]")).to_have_value("0.6")
-    await expect(visitor.page.get_by_label("Width")).to_have_value("128")
+    await expect(visitor.page.get_by_label("Width")).to_have_value("256")
     await visitor.button("Undo").click()
     await expect(prompt).to_have_value("another")
     await expect(seed).to_have_value("1")
@@ -231,8 +231,8 @@ async def test_mask_can_be_drawn_erased_inverted_and_removed(visitor: Visitor) -
     redrawn = _redrawn(await _result(visitor))
     box = redrawn.getbbox()
     assert box is not None
-    assert 20 <= box[1] < 32 < box[3] <= 44, "only the stroke is redrawn"
-    assert (box[0] < 16, box[2] > 110) == (True, True)
+    assert 40 <= box[1] < 64 < box[3] <= 88, "only the stroke is redrawn"
+    assert (box[0] < 32, box[2] > 220) == (True, True)
     entry = visitor.page.locator(".history-entry")
     await visitor.button("Mask").click()
     await visitor.button("Erase").click()
@@ -240,22 +240,22 @@ async def test_mask_can_be_drawn_erased_inverted_and_removed(visitor: Visitor) -
     await visitor.transform()
     box = _redrawn(await _result(visitor)).getbbox()
     assert box is not None
-    assert box[0] > 60, "the left half was erased"
+    assert box[0] > 120, "the left half was erased"
     await visitor.button("Mask").click()
     async with visitor.page.expect_response(lambda response: response.url.endswith("/mask")):
         await visitor.button("Invert").click()
     await visitor.transform()
-    assert _redrawn(await _result(visitor)).getpixel((100, 32)) == 0
-    assert _redrawn(await _result(visitor)).getbbox() == (0, 0, 128, 128)
+    assert _redrawn(await _result(visitor)).getpixel((200, 64)) == 0
+    assert _redrawn(await _result(visitor)).getbbox() == (0, 0, 256, 256)
     await entry.last.click()  # The first run, with its mask
     await visitor.page.reload()
     await visitor.button("Mask").click()
-    middle = "canvas => canvas.getContext('2d').getImageData(64, 32, 1, 1).data[3]"
+    middle = "canvas => canvas.getContext('2d').getImageData(128, 64, 1, 1).data[3]"
     await visitor.page.wait_for_function(f"({middle})(document.querySelector('.mask-canvas')) > 200")
     await visitor.button("Clear mask").click()
     await expect(visitor.button("Clear mask")).to_be_disabled()
     await visitor.transform()
-    assert _redrawn(await _result(visitor)).getbbox() == (0, 0, 128, 128)
+    assert _redrawn(await _result(visitor)).getbbox() == (0, 0, 256, 256)
 
 
 async def test_last_mask_drawn_during_an_upload_is_sent(visitor: Visitor) -> None:
@@ -282,7 +282,7 @@ async def test_last_mask_drawn_during_an_upload_is_sent(visitor: Visitor) -> Non
         may_go.set()
     await visitor.transform()
     redrawn = _redrawn(await _result(visitor))
-    assert [redrawn.getpixel((64, y)) for y in (16, 32, 48, 64, 80, 96)] == [0, 255, 0, 255, 0, 255]
+    assert [redrawn.getpixel((128, y)) for y in range(32, 193, 32)] == [0, 255, 0, 255, 0, 255]
 
 
 async def test_a_mask_is_drawn_by_finger_on_a_phone(visit: Callable[..., Awaitable[Visitor]]) -> None:
@@ -306,7 +306,7 @@ async def test_a_mask_is_drawn_by_finger_on_a_phone(visit: Callable[..., Awaitab
     redrawn = _redrawn(await _result(visitor))
     box_ = redrawn.getbbox()
     assert box_ is not None
-    assert box_[3] < 64
+    assert box_[3] < 128
 
 
 async def test_a_mask_is_loaded_from_a_file(visitor: Visitor, tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ async def test_a_mask_is_loaded_from_a_file(visitor: Visitor, tmp_path: Path) ->
     await visitor.transform()
     box = _redrawn(await _result(visitor)).getbbox()
     assert box is not None
-    assert 56 <= box[0] <= 66
+    assert 112 <= box[0] <= 132
     await visitor.button("Mask").click()
     (tmp_path / "bad.png").write_bytes(b"no image")
     await visitor.page.set_input_files(".mask-file", tmp_path / "bad.png")

@@ -27,7 +27,7 @@ from running import running
 
 INPAINTING = ("sd-inpaint", "sdxl-inpaint")
 """Their UNets see the mask and the masked source."""
-FAMILIES = ("sd1", "sd2", "sdxl", "refiner", "demo", "sd3", "flux-dev", "zimage", "qwenimage", *INPAINTING)
+FAMILIES = ("sd1", "sd2", "sdxl", "refiner", "sd3", "flux-dev", "zimage", "qwenimage", *INPAINTING)
 SIZE = (64, 96)
 SOURCE_SIZE = (80, 112)
 

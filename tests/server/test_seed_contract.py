@@ -219,8 +219,8 @@ def test_preview_resembles_the_final_image(load: Load) -> None:
 
     def distance(preview: Image.Image | None, other: Image.Image) -> float:
         assert preview is not None
-        assert preview.size == (16, 16)
-        return float(np.abs(np.asarray(preview, float) - np.asarray(other.resize((16, 16), Image.Resampling.BOX), float)).mean())
+        assert preview.size == (32, 32)
+        return float(np.abs(np.asarray(preview, float) - np.asarray(other.resize((32, 32), Image.Resampling.BOX), float)).mean())
 
     assert distance(previews[-1], result) < 25
     assert distance(previews[-2], result) < distance(previews[-2], source)

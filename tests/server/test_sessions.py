@@ -88,12 +88,12 @@ def test_static_session_accepts_only_its_size(bundle: Callable[[str], Path]) -> 
     graph = bundle("demo") / "vae_decoder" / "model.onnx"
     sizes = (("batch_size", 1), ("latent_height", 8), ("latent_width", 6))
     session = open_session(graph, SessionOptions(dimensions=sizes))
-    assert session.get_inputs()[0].shape == [1, 4, 8, 6]
-    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 6), dtype=np.float32)
+    assert session.get_inputs()[0].shape == [1, 16, 8, 6]
+    latents = np.random.default_rng(0).standard_normal((1, 16, 8, 6), dtype=np.float32)
     (fixed,), (free,) = (item.run(None, {"latent_sample": latents}) for item in (session, open_session(graph, SessionOptions())))
     np.testing.assert_allclose(fixed, free, rtol=1e-4, atol=1e-4)
     with pytest.raises(InvalidArgument, match="Got: 16"):
-        session.run(None, {"latent_sample": np.zeros((1, 4, 16, 6), np.float32)})
+        session.run(None, {"latent_sample": np.zeros((1, 16, 16, 6), np.float32)})
 
 
 def test_the_log_has_a_line_for_each_component(bundle: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
@@ -120,7 +120,7 @@ def test_cpu_sessions_share_an_arena_without_weights() -> None:
 
 def test_lean_session_gives_the_same_result(bundle: Callable[[str], Path]) -> None:
     graph = bundle("demo") / "vae_decoder" / "model.onnx"
-    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8), dtype=np.float32)
+    latents = np.random.default_rng(0).standard_normal((1, 16, 8, 8), dtype=np.float32)
     (usual,), (lean,) = (
         open_session(graph, SessionOptions(lean=lean)).run(None, {"latent_sample": latents}) for lean in (False, True)
     )
