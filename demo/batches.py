@@ -35,6 +35,11 @@ class LatentSet:
     scenes: Tensor
     captions: CaptionTable
 
+    def in_seasons(self, *seasons: str) -> Tensor:
+        """The layout and the image of each image in these seasons: N x 2."""
+        wanted = torch.tensor([scene.season in seasons for scene in self.captions.scenes])
+        return wanted[self.scenes].nonzero()
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -72,7 +77,7 @@ def make_latent_set(latents: Tensor, posters: PosterSet, captions: CaptionTable)
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Shares of a batch: empty captions, pairs, and pairs whose source is not the noon image.
+    """Shares of a batch: empty captions, pairs, pairs whose source is not the noon image, and targets in winter or autumn.
 
     For pairs, denoising starts at a step from `earliest_start` to `latest_start`, or at the sample's own step if later.
     """
@@ -81,6 +86,8 @@ class Mixture:
     empty_share: float = 0.12
     pair_share: float = 0.8
     other_source_share: float = 0.25
+    season_share: float = 0.0
+    """Of targets in winter or autumn, besides those among the others: they change deserts and beaches least."""
     earliest_start: int = 450
     latest_start: int = 930
 
@@ -99,6 +106,10 @@ def draw_batch(data: LatentSet, alphas: Tensor, mixture: Mixture, width: int, ra
     rows = torch.randint(layouts, (size,), generator=random)
     columns = torch.randint(images - 1, (size,), generator=random)
     columns = columns + (columns >= AUGMENTED)
+    if mixture.season_share:
+        seasonal = data.in_seasons("winter", "autumn")
+        drawn, used = seasonal[torch.randint(len(seasonal), (size,), generator=random)], chance(mixture.season_share)
+        rows, columns = torch.where(used, drawn[:, 0], rows), torch.where(used, drawn[:, 1], columns)
     sources = torch.randint(AUGMENTED + 1, (size,), generator=random)
     others = torch.randint(images, (size,), generator=random)
     sources = torch.where(chance(mixture.other_source_share), others, sources)

@@ -32,7 +32,7 @@ from autoencoder import (
     train_autoencoder,
 )
 from batches import LatentSet, make_caption_table, make_latent_set
-from denoiser import DenoiserRecipe, Phase, build_denoiser, build_scheduler, build_text_encoder, train_denoiser
+from denoiser import SEASONS, DenoiserRecipe, Phase, build_denoiser, build_scheduler, build_text_encoder, train_denoiser
 from diffusers import AutoencoderKL
 from posterset import PosterSet, make_posters, unseen_posters
 from saving import save_pipeline
@@ -59,6 +59,7 @@ class DemoRecipe:
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     decoder: DecoderRecipe = field(default_factory=DecoderRecipe)
     denoiser: DenoiserRecipe = field(default_factory=DenoiserRecipe)
+    seasons: DenoiserRecipe = SEASONS
     adapter_layouts: int = 400
     lora: AdapterRecipe = LORA
     controlnet: AdapterRecipe = CONTROLNET
@@ -72,6 +73,7 @@ SMOKE = DemoRecipe(
     autoencoder=AutoencoderRecipe(steps=2, crops=((64, 2, 1.0),)),
     decoder=DecoderRecipe(steps=2, crops=((64, 2, 1.0),)),
     denoiser=DenoiserRecipe(phases=(Phase(steps=1, strip_width=8), Phase(steps=1, strip_width=32)), decay=1),
+    seasons=replace(SEASONS, phases=(replace(SEASONS.phases[0], steps=1),), decay=1),
     adapter_layouts=2,
     lora=replace(LORA, steps=1),
     controlnet=replace(CONTROLNET, steps=1),
@@ -131,7 +133,8 @@ def train(recipe: DemoRecipe, output: Path, work: Path) -> None:
     def save(directory: Path) -> None:
         save_pipeline(directory, vae, unet, text_encoder, tokenizer, build_scheduler())
 
-    train_denoiser(data, unet, text_encoder, recipe.denoiser, work, lambda: save(work / "milestone"))
+    for stage in (recipe.denoiser, recipe.seasons):
+        train_denoiser(data, unet, text_encoder, stage, work, lambda: save(work / "milestone"))
     save(output / "model")
     some = replace(data, latents=data.latents[: recipe.adapter_layouts], scenes=data.scenes[: recipe.adapter_layouts])
     train_controlnet(some, unet, text_encoder, recipe.controlnet, work, output / "controlnet")
