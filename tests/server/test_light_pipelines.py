@@ -134,6 +134,22 @@ def test_clip_tokens_match_transformers(bundle: Callable[[str], Path], text: str
     assert copy.deepcopy(light) is light
 
 
+def test_settings_of_a_call_that_tokenizers_were_saved_after_are_ignored(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    saved = CLIPTokenizer.from_pretrained(bundle("sd1") / "tokenizer")
+    saved(["a lake"], padding="max_length", truncation=True, max_length=8)
+    saved.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert written["truncation"] and written["padding"]  # else this test shows nothing
+    theirs, ours = CLIPTokenizer.from_pretrained(tmp_path), clip_tokenizer.read(tmp_path)
+    assert ours is not None
+    for text in TEXTS:
+        assert ours(text).input_ids == theirs(text).input_ids
+        filled = theirs(text, padding="max_length", truncation=True, return_tensors="pt")
+        assert all(
+            torch.equal(*pair) for pair in zip(ours.padded([text]), (filled.input_ids, filled.attention_mask), strict=True)
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -156,6 +172,10 @@ def test_unsupported_tokenizers_fall_back_to_transformers(
 def test_unsupported_tokenizer_falls_back_to_the_diffusers_class(bundle: Callable[[str], Path], tmp_path: Path) -> None:
     folder = changed(bundle("sd1"), tmp_path, "tokenizer/tokenizer_config.json", {"padding_side": "left"})
     assert not isinstance(components(folder, light=LIGHT).pipeline(), LightLatentConsistency)
+
+
+def test_demo_model_needs_no_class_of_diffusers(bundle: Callable[[str], Path]) -> None:
+    assert isinstance(components(bundle("demo"), light=LIGHT).pipeline(), LightLatentConsistency)
 
 
 def test_latent_distribution_matches_diffusers() -> None:

@@ -32,8 +32,6 @@ _RULES = {
         ],
     },
     "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-    "truncation": None,
-    "padding": None,
 }
 _MODEL = {
     "type": "BPE",
@@ -120,9 +118,13 @@ def read(folder: Path) -> LightCLIPTokenizer | None:
     if not is_known:
         return None
     try:
-        return LightCLIPTokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), most, end, pad)
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception:  # noqa: BLE001 - all that the library raises for an invalid file
         return None
+    # A tokenizer that was saved after a call has that call's settings in its file. transformers sets them in every call.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return LightCLIPTokenizer(tokenizer, most, end, pad)
 
 
 def _special_tokens(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, str]:
