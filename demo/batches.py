@@ -87,7 +87,10 @@ class Mixture:
     pair_share: float = 0.8
     other_source_share: float = 0.25
     season_share: float = 0.0
-    """Of targets in winter or autumn, besides those among the others: they change deserts and beaches least."""
+    """Of targets in winter or autumn, besides those among the others: they change deserts and beaches least. Their captions are
+    not empty: otherwise the model would expect winter without a caption, and guidance would add less of it."""
+    other_layout_share: float = 0.0
+    """Of pairs whose source is of another layout than the target, which only a control image then shows."""
     earliest_start: int = 450
     latest_start: int = 930
 
@@ -106,10 +109,11 @@ def draw_batch(data: LatentSet, alphas: Tensor, mixture: Mixture, width: int, ra
     rows = torch.randint(layouts, (size,), generator=random)
     columns = torch.randint(images - 1, (size,), generator=random)
     columns = columns + (columns >= AUGMENTED)
-    if mixture.season_share:
-        seasonal = data.in_seasons("winter", "autumn")
-        drawn, used = seasonal[torch.randint(len(seasonal), (size,), generator=random)], chance(mixture.season_share)
-        rows, columns = torch.where(used, drawn[:, 0], rows), torch.where(used, drawn[:, 1], columns)
+    in_season = chance(mixture.season_share) if mixture.season_share else torch.zeros(size, dtype=torch.bool)
+    if in_season.any():
+        drawn = data.in_seasons("winter", "autumn")
+        drawn = drawn[torch.randint(len(drawn), (size,), generator=random)]
+        rows, columns = torch.where(in_season, drawn[:, 0], rows), torch.where(in_season, drawn[:, 1], columns)
     sources = torch.randint(AUGMENTED + 1, (size,), generator=random)
     others = torch.randint(images, (size,), generator=random)
     sources = torch.where(chance(mixture.other_source_share), others, sources)
@@ -118,7 +122,10 @@ def draw_batch(data: LatentSet, alphas: Tensor, mixture: Mixture, width: int, ra
 
     left = int(torch.randint(data.latents.shape[-1] - width + 1, (1,), generator=random))
     strip = data.latents[..., left : left + width]
-    target, source = strip[rows, columns].float(), strip[rows, sources].float()
+    origins = rows
+    if mixture.other_layout_share:
+        origins = torch.where(chance(mixture.other_layout_share), torch.randint(layouts, (size,), generator=random), rows)
+    target, source = strip[rows, columns].float(), strip[origins, sources].float()
     earliest = timesteps.clamp(min=min(mixture.earliest_start, last))
     latest = timesteps.clamp(min=min(mixture.latest_start, last))
     starts = earliest + (torch.rand(size, generator=random) * (latest + 1 - earliest)).long()
@@ -127,6 +134,7 @@ def draw_batch(data: LatentSet, alphas: Tensor, mixture: Mixture, width: int, ra
 
     forms = torch.randint(data.captions.rows.shape[1], (size,), generator=random)
     token_ids = data.captions.rows[data.scenes[rows, columns], forms]
-    token_ids = torch.where(chance(mixture.empty_share)[:, None], data.captions.empty, token_ids)
+    is_empty = chance(mixture.empty_share) & ~in_season
+    token_ids = torch.where(is_empty[:, None], data.captions.empty, token_ids)
     signal, spread = alphas[timesteps][:, None, None, None].sqrt(), (1 - alphas[timesteps])[:, None, None, None].sqrt()
     return Batch(signal * target + spread * noise, timesteps, token_ids, signal * noise - spread * target, rows, left)

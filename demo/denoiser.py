@@ -61,12 +61,12 @@ class DenoiserRecipe:
 
 
 SEASONS = DenoiserRecipe(
-    phases=(Phase(steps=600, strip_width=32, mixture=Mixture(season_share=0.5)),),
+    phases=(Phase(steps=300, strip_width=32, mixture=Mixture(season_share=0.5)),),
     muon_rate=0.004,
     adamw_rate=2.5e-4,
-    warm_up=30,
-    decay=500,
-    average_decay=0.99,
+    warm_up=20,
+    decay=250,
+    average_decay=0.98,
     seed=5,
     name="seasons",
 )
