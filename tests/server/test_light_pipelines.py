@@ -139,7 +139,7 @@ def test_settings_of_a_call_that_tokenizers_were_saved_after_are_ignored(bundle:
     saved(["a lake"], padding="max_length", truncation=True, max_length=8)
     saved.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "tokenizer.json").read_text())
-    assert written["truncation"] and written["padding"]  # else this test shows nothing
+    assert None not in (written["truncation"], written["padding"])  # else this test shows nothing
     theirs, ours = CLIPTokenizer.from_pretrained(tmp_path), clip_tokenizer.read(tmp_path)
     assert ours is not None
     for text in TEXTS:
