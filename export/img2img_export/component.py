@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from img2img_server.bundle import controls, image_encoders
 from img2img_server.bundle.adapters import LORA_NAME, AdaptedLayer
+from img2img_server.bundle.image_prompts import STATES
 from img2img_server.bundle.manifest import (
     AccuracyLimits,
     Component,
@@ -255,6 +256,8 @@ class Converter:
                 parities += found
                 further[field] = path.relative_to(self._bundle).as_posix() if found else ""
                 reasons += [reason] if reason else []
+        control = written.further.get("control")
+        further["image_prompts"] = control is not None and bool(further.get("control")) and STATES in control.part.inputs
         cost = written.light_cost if further.get("light") and written.light_cost is not None else 1.0
         return Made(dataclasses.replace(record, reason="; ".join(reasons), **further), tuple(parities), problems, cost)
 

@@ -20,6 +20,7 @@ from img2img_export.errors import ExportError
 from img2img_export.options import ExportOptions, LoraFile
 from img2img_export.progress import Progress
 from img2img_server.bundle.controls import CLASSES, CONTROL_LORA_NAME, CONTROL_NAME, FAMILY, is_residual
+from img2img_server.bundle.image_prompts import BIAS, STATES
 from img2img_server.bundle.manifest import Precision, check_bundle, read_manifest
 from short_exports import brief, cut_short
 
@@ -164,7 +165,7 @@ def test_pickled_weights_and_code_are_refused(tiny_controlnet: Get, tmp_path: Pa
         export_model(ExportOptions(str(source), tmp_path / "net"))
 
 
-def test_rows_without_residuals_are_those_of_the_plain_graph(bundle: Get) -> None:
+def test_rows_without_residuals_and_image_prompts_are_those_of_the_plain_graph(bundle: Get) -> None:
     """Bit by bit, for odd sizes too. The further graphs share the weights."""
     unet = bundle("sd1") / "unet"
     component = next(part for part in read_manifest(bundle("sd1")).components if part.name == "unet")
@@ -184,6 +185,7 @@ def test_rows_without_residuals_are_those_of_the_plain_graph(bundle: Get) -> Non
         name: rng.standard_normal((3, channels[name], *sizes[level]), np.float32)
         for name, level in zip(channels, levels, strict=True)
     }
+    residuals |= {STATES: rng.standard_normal((3, 2, 16, 160), np.float32), BIAS: np.zeros((3, 2, 16), np.float32)}
     for value in residuals.values():
         value[1] = 0
     (expected,), (found,) = plain.run(None, feed), control.run(None, feed | residuals)

@@ -1,12 +1,14 @@
 """The comparisons for ControlNets and control graphs, on random inputs."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from img2img_server.bundle.controls import FLUX_CLASS, IMAGE, MODE, SCALE
 
-from img2img_export.convert import control_graph, flux_control
+from img2img_export.convert import control_graph, flux_control, image_prompts
 from img2img_export.convert.parts import Part, Tensors
+from img2img_export.verify import image_prompt_cases
 from img2img_export.verify.parity import Case
 
 _BATCHES = ((1, 8, 8), (3, 9, 13))
@@ -76,21 +78,41 @@ def _inputs(module: Any, rows: int, height: int, width: int) -> Tensors:
 
 def residual_case(part: Part, module: Any, example: Tensors, case: Case) -> tuple[Part, Tensors, Case]:
     """The part of a denoiser's control graph, its further inputs to trace it with beside `example`, and its comparison: the
-    inputs of `case`, its first row without residuals.
+    inputs of `case`, its first row without residuals, and without image prompts if the denoiser takes them.
 
     The denoiser must compute in fp32.
     """
-    generator = torch.Generator("cpu").manual_seed(0)
     if "hidden_states" in part.inputs:
         control = flux_control.controlled(part)
         traced, residuals = (flux_control.residuals_like(module, tensors) for tensors in (example, case.inputs))
-    else:
-        traced, residuals = (control_graph.residuals_like(part, module, tensors) for tensors in (example, case.inputs))
-        control = control_graph.controlled(part, len(residuals))
+        return control, traced, _case(_named(case), control, module, case.inputs | _filled(residuals))
+    traced, residuals = (control_graph.residuals_like(part, module, tensors) for tensors in (example, case.inputs))
+    control = control_graph.controlled(part, len(residuals))
+    inputs = case.inputs | _filled(residuals)
+    if not image_prompts.layers_of(module):
+        return control, traced, _case(_named(case), control, module, inputs)
+    prompts, in_diffusers = image_prompt_cases.random_prompts(module, _rows(inputs))
+    with in_diffusers:
+        made = _case(f"{_named(case)} and image prompts", control, module, inputs)
+    further = traced | image_prompts.example_inputs(module, _rows(example))
+    return image_prompts.prompted(control, module), further, replace(made, inputs=inputs | prompts)
+
+
+def _filled(residuals: Tensors) -> Tensors:
+    """The residuals with random values in all rows but the first."""
+    generator = torch.Generator("cpu").manual_seed(0)
     for value in residuals.values():
         if value.is_floating_point():
             value[1:] = torch.randn(value[1:].shape, generator=generator) * _SPREAD
-    return control, traced, _case(f"{case.name}, residuals", control, module, {**case.inputs, **residuals})
+    return residuals
+
+
+def _named(case: Case) -> str:
+    return f"{case.name}, residuals"
+
+
+def _rows(inputs: Tensors) -> int:
+    return len(next(iter(inputs.values())))
 
 
 def _case(name: str, part: Part, module: Any, inputs: Tensors) -> Case:

@@ -143,7 +143,8 @@ class Component:
     `lora`, `control` and `light` are the paths of its LoRA graph, and of a UNet's graphs for ControlNets and of its light graph
     (speedups.py); `fused_lora` and so on are those with fused operators. `kept_in_fp32` are the layers of a graph in static int8
     that stayed in fp32 because they were sensitive, the worst first. `weight_format` is "int8" or "int4" if matrices are
-    quantized (weight-only); `precision` is then that of everything else.
+    quantized (weight-only); `precision` is then that of everything else. `image_prompts` says whether the graphs for ControlNets
+    also take image prompts (image_prompts.py).
     """
 
     name: str
@@ -165,6 +166,7 @@ class Component:
     control_lora: str = ""
     fused_control_lora: str = ""
     weight_format: WeightFormat = ""
+    image_prompts: bool = False
 
     @property
     def numbers(self) -> str:

@@ -158,8 +158,8 @@ class Components:
 
         # On CUDA it has the weights of the plain graph (graph_weights.py).
         size = 0 if self.provider == "cuda" and self.tensors == "cuda" else component.bytes
-        # Graphs on other providers differ in their last bits, so rows without residuals stay in the plain graph.
-        return LaterGraph(open_graph, mixes=self.provider in ("cpu", "cuda"), size=size)
+        # Graphs on other providers differ in their last bits, so rows without its further inputs stay in the plain graph.
+        return LaterGraph(open_graph, self.provider in ("cpu", "cuda"), size, component.image_prompts)
 
     def _graph(self, name: str) -> Graph:
         """Opens a component's graph: on CUDA the one with fused operators, if there is one and it opens, else the plain one."""

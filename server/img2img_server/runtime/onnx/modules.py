@@ -18,13 +18,14 @@ from typing import Any, Self
 
 import torch
 
-from img2img_server.bundle.controls import DOWN, MID, SAMPLES
+from img2img_server.bundle.controls import DOWN
 from img2img_server.bundle.speedups import FEATURES
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.diffusers_import import FrozenDict, diffusers
 from img2img_server.runtime.common.pipe import parts
 from img2img_server.runtime.common.vae import BoundedVae, output_of
+from img2img_server.runtime.onnx.control_inputs import missing_inputs, needs_control_graph
 from img2img_server.runtime.onnx.runners import Runner, dtype_of
 from img2img_server.runtime.onnx.token_graphs import GRAPHS, MARK, TokenGraph
 from img2img_server.support.device_lock import DEVICE_IN_USE
@@ -84,11 +85,13 @@ class LaterGraph:
     """A graph that is opened when it is first needed, on any thread.
 
     If `mixes`, rows that another graph could compute have that graph's results bit by bit. `bytes` is the size of its weights.
+    `image_prompts` says whether it has the inputs of image prompts.
     """
 
-    def __init__(self, open_graph: Callable[[], Graph], mixes: bool, size: int = 0) -> None:
+    def __init__(self, open_graph: Callable[[], Graph], mixes: bool, size: int = 0, image_prompts: bool = False) -> None:
         self.mixes = mixes
         self.bytes = size
+        self.image_prompts = image_prompts
         self.opened: Graph | None = None
         self._open = open_graph
         self._lock = threading.Lock()
@@ -160,7 +163,7 @@ class OnnxDenoiser(OnnxModule):
     the graph's inputs; the values of a dictionary are passed by their keys. A graph of tokens (token_graphs.py) has other inputs.
 
     `tokens` makes the inputs of such a graph; None for any other. `light` is a UNet's light graph, None for none, and `control`
-    the graph for calls with residuals of ControlNets.
+    the graph for calls with residuals of ControlNets or with image prompts.
     """
 
     def __init__(
@@ -200,13 +203,13 @@ class OnnxDenoiser(OnnxModule):
             made = self.tokens.output(bound, *self.predict(**self.tokens.inputs(bound)))
             return _denoised(made) if bound.get("return_dict", True) else (made,)
         tensors = self._tensors(bound)
-        sample = next(iter(self._graph_for(tensors)(**tensors).values()))
+        sample = next(iter(self._outputs(tensors).values()))
         return _denoised(sample) if bound.get("return_dict", True) else (sample,)
 
     def predict_with_features(self, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction for arguments of `forward`, and the deep features, for `predict_light`."""
         tensors = self._tensors(named)
-        outputs = self._graph_for(tensors)(**tensors)
+        outputs = self._outputs(tensors)
         return next(iter(outputs.values())), outputs[FEATURES]
 
     def predict_light(self, features: torch.Tensor, **named: Any) -> torch.Tensor:
@@ -214,9 +217,12 @@ class OnnxDenoiser(OnnxModule):
         assert self._light is not None, "there is a light graph"
         return next(iter(self._light(**self._tensors(named), **{FEATURES: features}).values()))
 
-    def _graph_for(self, tensors: Mapping[str, torch.Tensor]) -> Graph:
-        """The graph that takes these inputs."""
-        return self.control.get() if self.control is not None and (MID in tensors or SAMPLES in tensors) else self._graph
+    def _outputs(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The outputs for these inputs by name, of the graph that takes them."""
+        if self.control is None or not needs_control_graph(tensors):
+            return self._graph(**tensors)
+        graph = self.control.get()
+        return graph(**tensors, **missing_inputs(graph.input_types, graph.widths, tensors))
 
     def _tensors(self, bound: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The graph's inputs for arguments of `forward`."""
@@ -299,7 +305,11 @@ def _denoised(sample: torch.Tensor) -> Any:
 
 def _widths(items: Sequence[Any]) -> dict[str, int]:
     """The fixed last axis of each tensor, of images the second: its channels or features."""
-    axes = {item.name: item.shape[1 if len(item.shape) == 4 else -1] for item in items if len(item.shape) > 1}
+    axes = {
+        item.name: item.shape[1 if len(item.shape) == 4 and isinstance(item.shape[1], int) else -1]
+        for item in items
+        if len(item.shape) > 1
+    }
     return {name: axis for name, axis in axes.items() if isinstance(axis, int)}
 
 
