@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from drawing import alone, together
 from fakes import make_request
-from img2img_server.bundle.lora_files import LoraFiles
+from img2img_server.bundle.adapter_files import LoraFiles
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import LoraUse, Mask, Request
