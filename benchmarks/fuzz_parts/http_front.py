@@ -44,6 +44,8 @@ def forms() -> list[bytes]:
             controls='[{"model": "a", "image": "data:,", "scale": 2}, {"model": "b"}]',
             control_image=image,
         ),
+        form(image=image, prompt="p", image_prompts="a:0.5", prompt_image=image),
+        form(image=image, prompt="p", image_prompts='[{"adapter": "a", "images": ["data:,"], "scale": 2}]'),
     ]
 
 

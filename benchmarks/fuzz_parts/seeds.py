@@ -42,8 +42,9 @@ _FULL = _transform(
     preview_interval=1,
 )
 _EDIT = _transform(reference_images=[pb.ImageSource(data=image_file()), pb.ImageSource(uri=_URI)])
+_PROMPTED = _transform(image_prompts=[pb.ImagePrompt(adapter="a", images=[pb.ImageSource(uri=_URI)], scale=0.5)])
 VALID: dict[str, Sequence[Message]] = {
-    "TransformRequest": [_transform(), _FULL, _transform(image=pb.ImageSource(uri=_URI)), _EDIT],
+    "TransformRequest": [_transform(), _FULL, _transform(image=pb.ImageSource(uri=_URI)), _EDIT, _PROMPTED],
     "TransformStreamRequest": [pb.TransformStreamRequest(request=_transform()), pb.TransformStreamRequest(request=_FULL)],
     "TransformBatchRequest": [pb.TransformBatchRequest(request=_transform()), pb.TransformBatchRequest(request=_FULL)],
     "ListModelsRequest": [model_pb2.ListModelsRequest()],
@@ -89,6 +90,18 @@ WEIGHTS = (
     weights(b'{"__metadata__":{"format":"pt","_quantization_metadata":"{\\"layers\\":{}}"},"a.weight":{"dtype":"F8_E4M3","shape":[],'
             b'"data_offsets":[0,1]}}', b"1"),
 )  # fmt: skip
+_LAYER = (
+    b'"ip_adapter.1.to_k_ip.weight":{"dtype":"F16","shape":[8,4]},"ip_adapter.1.to_v_ip.weight":{"dtype":"F16","shape":[8,4]}'
+)
+ADAPTERS = tuple(
+    weights(b"{" + _LAYER + b"," + projection + b"}")
+    for projection in (
+        b'"image_proj.proj.weight":{"shape":[16,6]},"image_proj.norm.weight":{"shape":[4]}',
+        b'"image_proj.proj.0.weight":{"shape":[6,6]},"image_proj.proj.3.weight":{"shape":[4]}',
+        b'"image_proj.latents":{"shape":[1,4,8]},"image_proj.proj_in.weight":{"shape":[8,6]}',
+    )
+)
+"""Headers of image adapters: plain, full and plus."""
 CONFIGURATIONS = (
     '{"_class_name": "UNet2DConditionModel", "layers_per_block": 2, "block_out_channels": [32, 64]}',
     '{"_class_name": "StableDiffusionImg2ImgPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}',

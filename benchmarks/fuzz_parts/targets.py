@@ -213,6 +213,21 @@ def _weights(stack: contextlib.ExitStack) -> Try:
     return attempt
 
 
+def _adapter(stack: contextlib.ExitStack) -> Try:
+    """The header of an image adapter."""
+    from img2img_server.bundle.adapter_files import AdapterProblem
+    from img2img_server.bundle.image_adapters import needs_of, read_shapes
+
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter.safetensors"
+
+    def attempt(data: bytes) -> None:
+        path.write_bytes(data)
+        with contextlib.suppress(AdapterProblem):
+            needs_of(read_shapes(path))
+
+    return attempt
+
+
 def _lora(stack: contextlib.ExitStack) -> Try:
     """A LoRA for a UNet of one weight: it is fused or refused, and the weight stays finite."""
     from img2img_export.errors import ExportError
@@ -300,6 +315,7 @@ def targets() -> dict[str, Target]:
         "wire": Target(_wire, lambda: [message.SerializeToString() for message in seeds.VALID["TransformRequest"]]),
         "weights": Target(_weights, lambda: seeds.WEIGHTS),
         "loras": Target(_lora, seeds.loras),
+        "image adapters": Target(_adapter, lambda: seeds.ADAPTERS),
         "tokenizers": Target(_tokenizer, lambda: [text.encode() for text in seeds.TOKENIZERS]),
         "configurations": Target(_configs, lambda: [text.encode() for text in seeds.CONFIGURATIONS]),
         "http": Target(http_front.connection, http_front.requests),

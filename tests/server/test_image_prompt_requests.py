@@ -265,6 +265,19 @@ def test_an_image_encoder_stays_in_memory_while_the_request_runs(
     assert leases == [{"vit": 1, "big": 1}, {"vit": 2, "big": 0}]
 
 
+def test_the_first_request_with_an_image_prompt_opens_the_control_graph(
+    stub: ImageToImageServiceStub, pipeline: FakePipeline
+) -> None:
+    opened = []
+    own = vars(pipeline)
+    own["unopened_bytes"], own["open_control"] = 1000, lambda: opened.append(own.update(unopened_bytes=0))
+    stub.Transform(asked())
+    assert opened == []
+    stub.Transform(asked(prompt()))
+    stub.Transform(asked(prompt()))
+    assert len(opened) == 1
+
+
 def test_a_token_needs_the_image_encoder_among_its_models(folder: Path, pipeline: FakePipeline, tmp_path: Path) -> None:
     """As it needs a ControlNet."""
     tokens = tmp_path / "tokens.json"

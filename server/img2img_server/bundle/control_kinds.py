@@ -67,7 +67,7 @@ def control_kind(bundle: Path, manifest: Manifest) -> ControlKind:
         folder = next(bundle / name for name in ("vae_decoder", "vae") if (bundle / name).is_dir())
         pixels = 2 ** (len(read_json(folder / "config.json")["block_out_channels"]) - 1)
         return kind_of_model(read_json(bundle / denoiser / "config.json"), pixels)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, StopIteration):
         return ()
 
 

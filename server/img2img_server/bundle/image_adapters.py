@@ -161,7 +161,7 @@ def prompt_kind(bundle: Path, manifest: Manifest) -> PromptKind | None:
         config = read_json(bundle / denoiser.name / "config.json")
         widths = layer_widths(config)
         return PromptKind(widths, config["cross_attention_dim"]) if widths else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
 
 
