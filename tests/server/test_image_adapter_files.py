@@ -21,9 +21,9 @@ from img2img_server.bundle.image_adapters import (
     prompt_kind,
 )
 from img2img_server.bundle.image_encoders import FAMILY, EncoderWidths
-from img2img_server.bundle.manifest import read_manifest
+from img2img_server.bundle.manifest import Component, read_manifest
 from img2img_server.models.image_adapters import encoder_of, fitting
-from img2img_server.models.registry import Model, ModelRegistry
+from img2img_server.models.registry import Model, ModelRegistry, kinds_of
 from img2img_server.support.model_fields import IMAGE_PROMPTS
 from running import manifest
 
@@ -203,6 +203,21 @@ def test_a_bundle_says_which_adapters_fit_it(name: str, takes: bool, bundle: Get
     kind = prompt_kind(bundle(name), read_manifest(bundle(name)))
     assert (kind is not None) == takes
     assert kind is None or (len(kind.layer_widths) > 1 and kind.text_width > 1)
+    parts = tuple(replace(part, image_prompts=False) for part in read_manifest(bundle(name)).components)
+    assert prompt_kind(bundle(name), replace(read_manifest(bundle(name)), components=parts)) is None, "it must be exported again"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"_class_name": "UNet2DConditionModel", "block_out_channels": []}'])
+def test_a_damaged_configuration_takes_no_image_prompts(text: str, tmp_path: Path) -> None:
+    """The bundle is listed, and loading it says why it does not work."""
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(text)
+    damaged = replace(
+        manifest("acme/m"), components=(Component("unet", "fp32", control="unet/control.onnx", image_prompts=True),)
+    )
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"block_out_channels": [8]}')
+    assert kinds_of(tmp_path, damaged) == {"control_kind": (), "encoder_widths": None, "prompt_kind": None}
 
 
 def test_an_adapter_of_diffusers_unet_fits_its_bundle(bundle: Get, tiny_model: Get) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from img2img_server.bundle.adapter_files import SUFFIX, AdapterFile, AdapterFiles, AdapterProblem
-from img2img_server.bundle.controls import CONTROL_NAME
 from img2img_server.bundle.files import MOST_HEADER, MOST_TENSORS, parse_json, read_json
 from img2img_server.bundle.image_encoders import EncoderWidths
 from img2img_server.bundle.image_prompts import layer_widths
@@ -152,9 +151,9 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def prompt_kind(bundle: Path, manifest: Manifest) -> PromptKind | None:
-    """Which image adapters fit the model of a bundle. None if it takes no image prompts, and if its configuration cannot be read:
-    loading the bundle says why."""
-    denoiser = next((part for part in manifest.components if part.control.endswith(CONTROL_NAME)), None)
+    """Which image adapters fit the model of a bundle. None if it takes no image prompts, as those of earlier versions, and if its
+    configuration cannot be read: loading the bundle says why."""
+    denoiser = next((part for part in manifest.components if part.image_prompts), None)
     if denoiser is None:
         return None
     try:
