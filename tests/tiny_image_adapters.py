@@ -1,16 +1,54 @@
-"""Tiny IP-Adapters with random weights, in the layout of h94/IP-Adapter's safetensors."""
+"""Tiny IP-Adapters with random weights, in the layout of h94/IP-Adapter's safetensors, and image prompts that name them."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
+from img2img_export.verify.images import sample_image
+from img2img_server.bundle.image_adapters import ImageAdapterFiles
+from img2img_server.engine.request import ImagePromptUse
+from img2img_server.images.squares import centered_square
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
+from tiny_image_encoders import SIDE
+from transformers import CLIPVisionModelWithProjection
 
 KINDS = ("plain", "plus", "full")
+ENCODER = "h"
+"""The id of the image encoder that image prompts name."""
 TOKENS = 5
 """Of a "plus" adapter."""
 _WIDTH, _DEPTH = 32, 4
 """Of its resampler."""
+
+
+def write_all(folder: Path, model: Path, encoder: Path) -> ImageAdapterFiles:
+    """Writes an adapter of each kind into `folder`, for a tiny model and a tiny image encoder of these directories."""
+    folder.mkdir(parents=True)
+    unet, reader = UNet2DConditionModel.from_pretrained(model / "unet"), CLIPVisionModelWithProjection.from_pretrained(encoder)
+    for seed, kind in enumerate(KINDS):
+        write(folder / f"{kind}.safetensors", unet, kind, reader, seed)
+    return ImageAdapterFiles(folder)
+
+
+def image_of(letter: str) -> Image.Image:
+    """Images "a", "b" and "c", of several sizes."""
+    image = sample_image(64, 40)
+    return {"a": image, "b": ImageOps.invert(image).rotate(90, expand=True), "c": image.resize((31, 31))}[letter]
+
+
+def prompt(adapters: ImageAdapterFiles, name: str, letters: str, scale: float) -> ImagePromptUse:
+    """An image prompt with the images of these letters, as a request has it."""
+    return ImagePromptUse(
+        name,
+        tuple(centered_square(image_of(letter), SIDE) for letter in letters),
+        scale,
+        adapters.find(name).digest,
+        ENCODER,
+        "the encoder's digest",
+        tuple(letter.encode() for letter in letters),
+    )
 
 
 def write(
@@ -72,4 +110,5 @@ def _norm(name: str, width: int) -> dict[str, torch.Tensor]:
 
 
 def _matrix(outs: int, ins: int) -> torch.Tensor:
-    return torch.randn(outs, ins) / ins**0.5
+    matrix: torch.Tensor = torch.randn(outs, ins) / ins**0.5
+    return matrix

@@ -23,7 +23,7 @@ from diffusers import (
     StableDiffusionXLControlNetInpaintPipeline,
     StableDiffusionXLControlNetUnionImg2ImgPipeline,
 )
-from drawing import Counted, alone, controlnets, load, together
+from drawing import Counted, alone, companions, load, together
 from fakes import Clock, FakePipeline, make_request
 from http_calls import EDITS, Field, ask, opened
 from img2img.v1 import image_to_image_pb2 as pb
@@ -105,7 +105,7 @@ def nets(control_bundle: Get, tmp_path: Path) -> Callable[..., Companions]:
     """The ControlNets "a" and "b" of a tiny model, or those of other letters."""
 
     def load_nets(name: str, letters: str = "ab") -> Companions:
-        return controlnets(tmp_path, {letter: control_bundle(f"{name}-{letter}") for letter in letters})
+        return companions(tmp_path, {letter: control_bundle(f"{name}-{letter}") for letter in letters})
 
     return load_nets
 

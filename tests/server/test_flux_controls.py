@@ -15,7 +15,7 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxTransformer2DModel,
 )
-from drawing import alone, controlnets, load, together
+from drawing import alone, companions, load, together
 from fakes import make_request
 from img2img_export.verify.images import sample_image
 from img2img_server.bundle.adapter_files import LoraFiles
@@ -71,7 +71,7 @@ def nets(control_bundle: Get, tmp_path: Path) -> Callable[[str], Companions]:
     """ControlNets by their letters."""
 
     def load_nets(letters: str) -> Companions:
-        return controlnets(tmp_path, {letter: control_bundle(f"{MODEL}-{letter}") for letter in letters})
+        return companions(tmp_path, {letter: control_bundle(f"{MODEL}-{letter}") for letter in letters})
 
     return load_nets
 

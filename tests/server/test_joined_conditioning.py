@@ -15,7 +15,7 @@ def state(number: int, rows: int) -> Any:
         "text_embeds": torch.full((rows, 4), float(-number)),
         "time_ids": torch.full((rows, 6), number, dtype=torch.int64),
     }
-    return SimpleNamespace(number=number, next_conditioning=conditioning, has_two=True)
+    return SimpleNamespace(number=number, next_conditioning=conditioning, has_two=True, images=rows // 2, rows=rows, prompts=None)
 
 
 @pytest.mark.parametrize("rows", [(1,), (2, 1), (1, 4, 2)])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from img2img_server.bundle.adapter_files import LoraFiles
+from img2img_server.bundle.image_adapters import ImageAdapterFiles
 from img2img_server.bundle.manifest import Manifest
 from img2img_server.config import ServerConfig
 from img2img_server.engine.cache import Cache
@@ -30,6 +31,7 @@ from img2img_server.telemetry.timeline import Trace
 
 if TYPE_CHECKING:
     from img2img_server.runtime.companions import Companions
+    from img2img_server.runtime.image_prompts.prompts import ImageAdapterSettings
     from img2img_server.runtime.lora.adapters import LoraSettings
     from img2img_server.runtime.tensorrt.candidate import RunnerCache
 
@@ -235,7 +237,7 @@ def local(config: ServerConfig) -> LocalBackend:
     Raises BundleError if no bundle can be loaded.
     """
     cache = Cache(config.cache_bytes)
-    lora_cache = Cache(config.loras.cache)
+    lora_cache, adapter_cache = Cache(config.loras.cache), Cache(config.image_adapters.cache)
     runner_cache: RunnerCache | None = None
     companions: Companions | None = None
 
@@ -245,13 +247,20 @@ def local(config: ServerConfig) -> LocalBackend:
         folder = config.loras.folder
         return None if folder is None else LoraSettings(LoraFiles(folder), lora_cache, config.loras.slots)
 
+    def image_adapters() -> "ImageAdapterSettings | None":
+        from img2img_server.runtime.image_prompts.prompts import ImageAdapterSettings
+
+        folder = config.image_adapters.folder
+        return None if folder is None else ImageAdapterSettings(ImageAdapterFiles(folder), adapter_cache)
+
     def load(bundle: Path, manifest: Manifest) -> Pipeline:
         from img2img_server.runtime.loader import load_pipeline
 
         assert runner_cache is not None, "the models are loaded"
         return load_pipeline(
-            bundle, manifest, config.execution, cache, keep=runner_cache.keep, loras=loras(), companions=companions
-        )
+            bundle, manifest, config.execution, cache, keep=runner_cache.keep, loras=loras(), companions=companions,
+            image_adapters=image_adapters(),
+        )  # fmt: skip
 
     models = ModelRegistry.find_bundles(
         config.models,
@@ -285,7 +294,7 @@ def local(config: ServerConfig) -> LocalBackend:
         from img2img_server.runtime.tensorrt import candidate
 
         assert runner_cache is not None, "the models were loaded"
-        return candidate.candidates(models, config.execution, cache, runner_cache, loras(), companions)
+        return candidate.candidates(models, config.execution, cache, runner_cache, loras(), companions, image_adapters())
 
     def open_costs() -> CostStore | None:
         from img2img_server.runtime.common import cpu

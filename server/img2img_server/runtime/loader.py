@@ -11,6 +11,7 @@ import torch
 from img2img_server.bundle import controls, image_encoders
 from img2img_server.bundle.companions import FAMILIES as COMPANIONS
 from img2img_server.bundle.files import read_json
+from img2img_server.bundle.image_prompts import layer_widths
 from img2img_server.bundle.manifest import WEIGHT_BYTES, Manifest, Precision, TensorSpec
 from img2img_server.bundle.unsafe_files import refuse_unsafe
 from img2img_server.engine.cache import Cache
@@ -37,6 +38,7 @@ from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.diffusion.z_image import ZImage
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.image_encoders import ImageEncoder
+from img2img_server.runtime.image_prompts.prompts import ImageAdapterSettings, ModelImagePrompts, NoImagePrompts
 from img2img_server.runtime.lora.adapters import LoraSettings, ModelLoras, NoLoras
 from img2img_server.runtime.lora.graph import layers_of
 from img2img_server.runtime.onnx.components import Components
@@ -85,7 +87,8 @@ class Loading:
     """What is loaded, and how: the bundle in a directory, and its manifest, which was read and checked before.
 
     `cache` keeps encoded prompts and images; several pipelines may share one. `loras` are the LoRAs that requests may name, None
-    for none. `companions` are those in memory, such as ControlNets, to which the bundle of one is added.
+    for none, and so are `image_adapters`. `companions` are those in memory, such as ControlNets, to which the bundle of one is
+    added.
     """
 
     bundle: Path
@@ -94,6 +97,7 @@ class Loading:
     cache: Cache = field(default_factory=lambda: Cache(0))
     loras: LoraSettings | None = None
     companions: Companions | None = None
+    image_adapters: ImageAdapterSettings | None = None
 
     @property
     def threads(self) -> int:
@@ -115,6 +119,7 @@ def load_pipeline(
     keep: Callable[[Make], Make] = lambda make: make,
     loras: LoraSettings | None = None,
     companions: Companions | None = None,
+    image_adapters: ImageAdapterSettings | None = None,
 ) -> Pipeline:
     """Loads a bundle; `Loading` has the arguments that are not described here.
 
@@ -123,7 +128,7 @@ def load_pipeline(
     Raises BundleError if the bundle does not fit this server or the provider is not available, OutOfMemory if the GPU is full.
     """
     refuse_unsafe(bundle)
-    loading = Loading(bundle, manifest, execution or Execution(), cache or Cache(0), loras, companions)
+    loading = Loading(bundle, manifest, execution or Execution(), cache or Cache(0), loras, companions, image_adapters)
     if manifest.backend == "torch":
         return _load_torch(loading)
     choice = choose(loading.execution.provider)
@@ -305,7 +310,9 @@ def _split(loading: Loading, pipe: Any, engine: str) -> Pipeline:
     else:
         loras = _loras(bundle, pipe, manifest, family, loading.loras)
         controls = _controls(pipe, manifest, family, loading.companions)
-        pipeline = family(pipe, engine, threads, loading.cache, manifest.latent_preview, loras, manifest.speedups, controls)
+        prompts = _image_prompts(pipe, family, loading)
+        cache, preview, speedups = loading.cache, manifest.latent_preview, manifest.speedups
+        pipeline = family(pipe, engine, threads, cache, preview, loras, speedups, controls, prompts)
     bound_torch_vaes(pipe, most_memory(execution, torch.device(pipe.device).type))
     pipeline.owner = bundle
     if manifest.size_multiple is not None:
@@ -354,6 +361,21 @@ def _controls(
         how = "--control-graphs" if family.denoiser_name == "transformer" else "this version of img2img"
         return NoControls(f"has no control graph{why or f': export it again with {how}'}")
     return ModelControls(companions, denoiser, int(pipe.vae_scale_factor), _parameters(manifest, family.denoiser_name))
+
+
+def _image_prompts(pipe: Any, family: type[SteppedPipeline], loading: Loading) -> ModelImagePrompts | NoImagePrompts:
+    """The image prompts of a model whose pipeline is `pipe`."""
+    manifest, denoiser = loading.manifest, getattr(pipe, family.denoiser_name)
+    if manifest.backend == "torch":
+        return NoImagePrompts("runs in PyTorch, not as graphs")
+    if not layer_widths(denoiser.config):
+        return NoImagePrompts(f"is of the family {manifest.family}, for which there are no image adapters")
+    if loading.image_adapters is None or loading.companions is None:
+        return NoImagePrompts("was loaded without a folder of image adapters")
+    control = getattr(denoiser, "control", None)
+    if control is None or not control.image_prompts:
+        return NoImagePrompts("has no control graph that takes them: export it again with this version of img2img")
+    return ModelImagePrompts(loading.image_adapters, loading.companions, loading.cache, denoiser)
 
 
 def _parameters(manifest: Manifest, component: str) -> float:

@@ -7,7 +7,7 @@ and that of FluxControlNetImg2ImgPipeline.__call__.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from img2img_server.runtime.companions import Companions
 from img2img_server.runtime.control.nets import ControlNet, FluxControlNet, Inputs
 from img2img_server.runtime.control.residuals import Called, of_flux, of_unet
 from img2img_server.runtime.onnx.modules import OnnxDenoiser
+from img2img_server.support.model_fields import CONTROLNETS, ModelFields
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,17 +62,13 @@ class ModelControls:
     """Controls of one model, whose `denoiser` has a control graph. `scale` is the number of pixels of a latent, on each side;
     `parameters` is the denoiser's number of weights."""
 
+    fields: ClassVar[ModelFields] = CONTROLNETS
+
     def __init__(self, companions: Companions, denoiser: OnnxDenoiser, scale: int, parameters: float = math.inf) -> None:
         self._companions = companions
         self._parameters = parameters
         self._denoiser = denoiser
         self._kind = kind_of_model(denoiser.config, scale)
-
-    @property
-    def shares_calls(self) -> bool:
-        """Whether rows with and without controls share calls of the control graph. Else the graphs are on different providers,
-        and rows without controls stay in the plain graph."""
-        return self._denoiser.control is not None and self._denoiser.control.mixes
 
     def check(self, request: Request) -> None:
         """Checks that the request's ControlNets fit this model, and opens the control graph. Raises InvalidField."""
@@ -152,6 +149,7 @@ class NoControls:
     """Refuses the controls of requests to a model that takes none; `why` completes "this model takes no controls: it ..."."""
 
     why: str
+    fields: ClassVar[ModelFields] = {}
 
     def check(self, request: Request) -> None:
         """Raises InvalidField if the request has controls."""

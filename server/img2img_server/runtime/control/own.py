@@ -1,12 +1,13 @@
 """Control images that models read by themselves, without a ControlNet of the server: one in each request."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image, ImageFilter
 
 from img2img_server.engine.request import ControlUse, Request
 from img2img_server.errors import InvalidField
+from img2img_server.support.model_fields import OWN_CONTROL, ModelFields
 
 
 def check_own_control(request: Request) -> None:
@@ -35,6 +36,8 @@ def edges(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 class OwnControl:
     """Controls of a model that reads a control image by itself. What it does with it is up to the model's family."""
+
+    fields: ClassVar[ModelFields] = OWN_CONTROL
 
     def check(self, request: Request) -> None:
         """Raises InvalidField for a control that names a ControlNet, and for several."""

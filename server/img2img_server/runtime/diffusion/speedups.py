@@ -99,6 +99,8 @@ class SpeedupChooser:
             return "its speedups were measured without LoRAs"
         if any(control.model for control in request.controls):
             return "its speedups were measured without controls"
+        if request.image_prompts:
+            return "its speedups were measured without image prompts"
         if request.scheduler not in (None, self.scheduler):
             return f"its speedups were measured with {self.scheduler}"
         if request.num_inference_steps < known.least_steps:

@@ -14,6 +14,7 @@ from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.out_of_memory import KEEPERS
 from img2img_server.runtime.control.controls import Control
 from img2img_server.runtime.diffusion.masking import Blend
+from img2img_server.runtime.image_prompts.states import PromptStates, joined
 from img2img_server.runtime.lora.adapters import Choice
 from img2img_server.runtime.schedulers.linear import Trajectory, coefficients, scale_input
 from img2img_server.runtime.schedulers.noise_levels import predict_original
@@ -64,6 +65,8 @@ class DiffusionState:
     """Its LoRAs."""
     controls: tuple[Control, ...] = ()
     """Its control images."""
+    prompts: PromptStates | None = None
+    """Its image prompts."""
     predicted: Predicted | None = None
     """Of the last step, if a preview is due."""
     speedup: Speedup | None = None
@@ -135,6 +138,11 @@ class DiffusionState:
         scaled = [(control, control.scale(self.step, self.step_count)) for control in self.controls]
         return [(control, scale) for control, scale in scaled if scale]
 
+    @property
+    def needs_control_graph(self) -> bool:
+        """Whether the next step cannot be a call of the plain graph."""
+        return self.prompts is not None or bool(self.applying)
+
     def original(self) -> torch.Tensor | None:
         """The latents without noise that the last step predicted for the first image, [1, C, h, w]; None if no preview is due or
         the scheduler's prediction type is unknown."""
@@ -165,13 +173,15 @@ class JoinedConditioning:
         KEEPERS.add(self)
 
     def get(self, states: Sequence[DiffusionState]) -> Conditioning:
-        """The rows of all states, concatenated in order, by name. The tensors must not be changed."""
+        """The rows of all states, concatenated in order, by name, and those of their image prompts, if any state has some. The
+        tensors must not be changed."""
         key = tuple((state.number, state.has_two) for state in states)
         known = self._kept.get(key)
         if known is None:
             if len(self._kept) >= self._most:
                 self._kept.pop(next(iter(self._kept), ()), None)
-            known = self._kept[key] = _join([state.next_conditioning for state in states])
+            rows = [(state.rows - state.images, state.images, state.prompts) for state in states]
+            known = self._kept[key] = _join([state.next_conditioning for state in states]) | joined(rows)
         return dict(known)
 
     def forget(self, state: DiffusionState) -> None:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from img2img_server.bundle.controls import DOWN, SAMPLES
+from img2img_server.bundle.image_prompts import BIAS, STATES
 from img2img_server.bundle.speedups import NONE, Speedups
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import Plan, Request
@@ -43,6 +44,7 @@ from img2img_server.runtime.diffusion.state import (
     key_of,
     split_noise,
 )
+from img2img_server.runtime.image_prompts.prompts import ModelImagePrompts, NoImagePrompts
 from img2img_server.runtime.lora.adapters import TEXT_ENCODERS, Choice, ModelLoras, NoLoras, for_texts
 from img2img_server.runtime.lora.graph import adapting, least_slot_bytes, slot_bytes
 from img2img_server.runtime.onnx.modules import close_graphs
@@ -50,7 +52,7 @@ from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCa
 from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, step_arguments
 from img2img_server.runtime.schedulers.noise_levels import Noising
 from img2img_server.support.device_lock import records_at_once
-from img2img_server.support.model_fields import CONTROLNETS, OWN_CONTROL, FieldRule, ModelFields
+from img2img_server.support.model_fields import ModelFields
 from img2img_server.support.source_rule import MaskUse
 
 PreviewWeights = Sequence[Sequence[float]]
@@ -99,6 +101,7 @@ class SteppedPipeline(ABC):
         loras: ModelLoras | NoLoras | None = None,
         speedups: Speedups | None = None,
         controls: ModelControls | OwnControl | NoControls | None = None,
+        image_prompts: ModelImagePrompts | NoImagePrompts | None = None,
     ) -> None:
         self._pipe = pipe
         self.engine = engine
@@ -117,13 +120,9 @@ class SteppedPipeline(ABC):
         self.schedulers = self._scheduler_cache.names
         self._encoder = Encoder(pipe, cache, self._encode_adapted, self._pixels)
         self._loras = loras or NoLoras("was loaded without a folder of LoRAs")
-        if isinstance(self._loras, ModelLoras):
-            self.fields = {**self.fields, "loras": FieldRule()}
-        self._controls = controls or NoControls("was loaded without ControlNets")
-        if isinstance(self._controls, ModelControls):
-            self.fields = {**self.fields, **CONTROLNETS}
-        if self.reads_control:
-            self.fields = {**self.fields, **OWN_CONTROL}
+        self._controls = controls or (OwnControl() if self.reads_control else NoControls("was loaded without ControlNets"))
+        self._image_prompts = image_prompts or NoImagePrompts("was loaded without a folder of image adapters")
+        self.fields = {**self.fields, **self._loras.fields, **self._controls.fields, **self._image_prompts.fields}
         self._preview_weights = preview_weights
         self.speedups = SpeedupChooser(
             speedups or NONE,
@@ -138,6 +137,7 @@ class SteppedPipeline(ABC):
         steps."""
         self._loras.check(request)
         self._controls.check(request)
+        self._image_prompts.check(request)
         images, is_guided = len(request.seeds), self._is_guided(request)
         shape, pixels = self._shape(request)
         scheduler, chosen = self._scheduled(request)
@@ -157,23 +157,25 @@ class SteppedPipeline(ABC):
         """Encodes texts and images that are not cached, and makes the first latents."""
         scheduled = [self._scheduled(request) for request in requests]
         choices = [self._loras.choice(request) for request in requests]
+        prompts = [self._image_prompts.of(request, self._is_guided(request), self._device) for request in requests]
         with PinnedCopies():
             controls = [self._controls.of(request, self._device) for request in requests]
             embeddings = self._embed(requests, choices)
             images = self._images(requests)
             parts = zip(requests, scheduled, embeddings, images, controls, strict=True)
             states = [self._begin(*own) for own in parts]
-        for state, choice in zip(states, choices, strict=True):
-            state.choice = choice
+        for state, choice, own in zip(states, choices, prompts, strict=True):
+            state.choice, state.prompts = choice, own
         return states
 
     @torch_call
     def denoise(self, states: Sequence[DiffusionState]) -> Sequence[Noise]:
         """Calls the denoiser once for all `states`, which may differ in step, scheduler and guidance."""
-        if isinstance(self._controls, ModelControls) and not self._controls.shares_calls:
-            controlled = [bool(state.applying) for state in states]
-            if len(set(controlled)) > 1:
-                return self._denoise_apart(states, controlled)
+        control = getattr(self._denoiser, "control", None)
+        if control is not None and not control.mixes:
+            further = [state.needs_control_graph for state in states]
+            if len(set(further)) > 1:
+                return self._denoise_apart(states, further)
         samples = [sample for state in states for sample in [state.unscaled()] * (2 if state.has_two else 1)]
         joined_samples = torch.cat(samples)
         self._numbers = numbers = StepNumbers.of(states, joined_samples.device)
@@ -192,11 +194,11 @@ class SteppedPipeline(ABC):
                     record_light(self._denoiser, inputs)
         return split_noise(states, self._noise(predicted, joined_samples))
 
-    def _denoise_apart(self, states: Sequence[DiffusionState], controlled: Sequence[bool]) -> Sequence[Noise]:
-        """Calls the denoiser once for the states with controls, and once for the others."""
-        parts = {kind: [state for state, own in zip(states, controlled, strict=True) if own == kind] for kind in (False, True)}
+    def _denoise_apart(self, states: Sequence[DiffusionState], further: Sequence[bool]) -> Sequence[Noise]:
+        """Calls the control graph once for the states that need it, and the plain graph once for the others."""
+        parts = {kind: [state for state, own in zip(states, further, strict=True) if own == kind] for kind in (False, True)}
         noises = {kind: iter(self.denoise(part)) for kind, part in parts.items()}
-        return [next(noises[kind]) for kind in controlled]
+        return [next(noises[kind]) for kind in further]
 
     @property
     def slot_bytes(self) -> int:
@@ -228,7 +230,8 @@ class SteppedPipeline(ABC):
         for state in states:
             parts.append(Rows(range(start, start + state.rows), state.applying, state.has_two))
             start += state.rows
-        residuals = self._controls.residuals(parts, self._control_inputs(samples, timesteps, dict(conditioning)))
+        own = {name: value for name, value in conditioning.items() if name not in (STATES, BIAS)}
+        residuals = self._controls.residuals(parts, self._control_inputs(samples, timesteps, own))
         return {SAMPLES if SAMPLES in residuals else DOWN: residuals} if residuals else {}
 
     def mark(self) -> Callable[[], None] | None:
@@ -298,6 +301,7 @@ class SteppedPipeline(ABC):
         """Removes its entries from the cache and releases its sessions, even if this pipeline is still referenced."""
         self._encoder.close()
         self._loras.close()
+        self._image_prompts.close()
         close_graphs(self._pipe)
 
     def _scheduled(self, request: Request) -> tuple[CachedScheduler, Chosen]:

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from img2img_server.bundle.image_adapters import Shapes
 from img2img_server.runtime.common.device_copy import send
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""The shapes of tensors, by name."""
 
 _PLAIN_TOKENS = 4
 _HEAD = 64
@@ -23,30 +21,16 @@ _MULTIPLE = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """What an image projection is like: the `shapes` of its weights, and how it computes.
-
-    If it `reads_states`, its input is the encoder's hidden states [1, T, H], else the embedding [1, P]. `ins` is the last axis of
-    the input, `outs` that of the tokens.
-    """
-
-    reads_states: bool
-    ins: int
-    outs: int
-    shapes: Shapes
-    compute: Callable[["Projection", torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Projection:
-    """An image projection with its weights by name, in any precision. Computes in fp32, on the device of its input."""
+    """An image projection of a kind (bundle/image_adapters.py) with its weights by name, in any precision. It computes in fp32,
+    on the device of its input."""
 
-    layout: Layout
+    kind: str
     weights: Mapping[str, torch.Tensor]
 
     def __call__(self, given: torch.Tensor) -> torch.Tensor:
-        """The tokens [1, N, C] of an image."""
-        return self.layout.compute(self, given)
+        """The tokens [1, N, C] of an image, from its hidden states [1, T, H] or, for the plain kind, its embedding [1, P]."""
+        return _KINDS[self.kind](self, given)
 
     def get(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """A weight in fp32, on the device of `like`."""
@@ -81,8 +65,8 @@ def _plus(own: Projection, states: torch.Tensor) -> torch.Tensor:
         queries = own.norm(f"{at}.0.norm2", latents)
         context = torch.cat([own.norm(f"{at}.0.norm1", states), queries], dim=-2)
         parts = own.linear(f"{at}.0.to_q", queries), *own.linear(f"{at}.0.to_kv", context).chunk(2, dim=-1)
-        heads = [part.unflatten(-1, (-1, _HEAD)).transpose(1, 2) for part in parts]
-        attended = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        query, key, value = (part.reshape(*part.shape[:-1], -1, _HEAD).transpose(1, 2) for part in parts)
+        attended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         latents = own.linear(f"{at}.0.to_out", attended) + latents
         hidden = functional.gelu(own.linear(f"{at}.1.1", own.norm(f"{at}.1.0", latents)))
         latents = own.linear(f"{at}.1.3", hidden) + latents
@@ -94,28 +78,27 @@ def _depth(names: Mapping[str, object]) -> int:
     return sum(name.startswith("layers.") and name.endswith(".0.to_q.weight") for name in names)
 
 
-def layout_of(found: Shapes) -> Layout:
-    """The layout of a projection whose weights have the shapes `found`, of which a few say its kind and widths. Raises KeyError
-    for one of these that is missing, ValueError for one with another number of axes."""
-    if "proj.weight" in found:
-        rows, ins = _axes(found, "proj.weight", 2)
-        outs = rows // _PLAIN_TOKENS
-        shapes = {"proj.weight": (outs * _PLAIN_TOKENS, ins), "proj.bias": (outs * _PLAIN_TOKENS,), **_norm("norm", outs)}
-        return Layout(False, ins, outs, shapes, _plain)
-    if "proj.3.weight" in found:
-        outs, ins = _axes(found, "proj.2.weight", 2)
+_KINDS: Mapping[str, Callable[[Projection, torch.Tensor], torch.Tensor]] = {"plain": _plain, "full": _full, "plus": _plus}
+
+
+def shapes_of(kind: str, ins: int, outs: int, found: Shapes) -> Shapes:
+    """The shapes that the weights of a projection must have: from `ins` numbers of the image encoder to tokens of `outs`. A
+    resampler's own sizes are those in the shapes `found`. Raises LookupError if these do not have them."""
+    if kind == "plain":
+        rows = _PLAIN_TOKENS * outs
+        return {"proj.weight": (rows, ins), "proj.bias": (rows,), **_norm("norm", outs)}
+    if kind == "full":
         shapes = {"proj.0.weight": (ins, ins), "proj.0.bias": (ins,), "proj.2.weight": (outs, ins), "proj.2.bias": (outs,)}
-        return Layout(True, ins, outs, {**shapes, **_norm("proj.3", outs)}, _full)
-    _, tokens, width = _axes(found, "latents", 3)
-    ins, outs = _axes(found, "proj_in.weight", 2)[1], _axes(found, "proj_out.weight", 2)[0]
-    inner = max(_axes(found, "layers.0.0.to_q.weight", 2)[0] // _HEAD, 1) * _HEAD
+        return {**shapes, **_norm("proj.3", outs)}
+    tokens, width = found["latents"][1], found["latents"][2]
+    inner = max(found["layers.0.0.to_q.weight"][0] // _HEAD, 1) * _HEAD
     shapes = {
         **{"latents": (1, tokens, width), "proj_in.weight": (width, ins), "proj_in.bias": (width,)},
         **{"proj_out.weight": (outs, width), "proj_out.bias": (outs,), **_norm("norm_out", outs)},
     }
     for layer in range(_depth(found)):
         shapes |= _layer(f"layers.{layer}", width, inner)
-    return Layout(True, ins, outs, shapes, _plus)
+    return shapes
 
 
 def _layer(name: str, width: int, inner: int) -> Shapes:
@@ -135,10 +118,3 @@ def _layer(name: str, width: int, inner: int) -> Shapes:
 
 def _norm(name: str, width: int) -> Shapes:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def _axes(found: Shapes, name: str, count: int) -> tuple[int, ...]:
-    shape = found[name]
-    if len(shape) != count:
-        raise ValueError(f"{name} has the shape {list(shape)}")
-    return shape

@@ -1,19 +1,20 @@
 """The LoRAs of one model: read and checked when a request first names them, and kept in memory up to a number of bytes (LRU)."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 
-from img2img_server.bundle.adapter_files import AdapterFile, AdapterProblem, LoraFiles
+from img2img_server.bundle.adapter_files import AdapterProblem, LoraFiles
 from img2img_server.bundle.adapters import RANKS, AdaptedLayer
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import LoraUse, Request
 from img2img_server.errors import InvalidField
+from img2img_server.runtime.common.adapter_store import AdapterStore
 from img2img_server.runtime.lora.reading import LoraLayer, name_among, read_layers
-
-_log = logging.getLogger(__name__)
+from img2img_server.support.model_fields import FieldRule, ModelFields
 
 _MOST_RANK = RANKS[-1]
 
@@ -91,6 +92,8 @@ class ModelLoras:
     `layers` are the layers that its graphs adapt, by component; `components` are all components of the model. Thread-safe.
     """
 
+    fields: ClassVar[ModelFields] = {"loras": FieldRule()}
+
     def __init__(
         self,
         settings: LoraSettings,
@@ -99,12 +102,11 @@ class ModelLoras:
         unet_config: Mapping[str, object] | None,
         layers: Mapping[str, Sequence[AdaptedLayer]],
     ) -> None:
-        self._settings = settings
         self._pipeline_class = pipeline_class
         self._components = tuple(components)
         self._unet_config = unet_config
         self._layers = {component: {layer.name: layer for layer in own} for component, own in layers.items()}
-        self._own = object()  # marks this model's entries of the cache
+        self._store = AdapterStore(settings.files, settings.cache, self._read)
         self._ranks: dict[str, Mapping[str, Ranks]] = {}  # by digest: those that were checked
 
     def check(self, request: Request) -> None:
@@ -125,17 +127,9 @@ class ModelLoras:
         adapters = tuple(self._adapter(index, use) for index, use in enumerate(request.loras))
         return Choice(tuple((use.digest, use.scale) for use in request.loras), adapters)
 
-    def read(self, file: AdapterFile) -> Adapter:
-        """Reads and checks a LoRA. Raises AdapterProblem if it does not fit this model."""
-        adapter = self._fitted(read_layers(file.path, self._pipeline_class, self._components, self._unet_config))
-        # The file may have been replaced while it was read.
-        if self._settings.files.find(file.id).digest != file.digest:
-            raise AdapterProblem("was replaced while it was read: send the request again")
-        return adapter
-
     def close(self) -> None:
         """Removes this model's entries from the cache."""
-        self._settings.cache.drop(lambda key: key[0] is self._own)
+        self._store.close()
 
     def _checked(self, index: int, use: LoraUse) -> Mapping[str, Ranks]:
         if use.digest not in self._ranks:
@@ -143,24 +137,13 @@ class ModelLoras:
         return self._ranks[use.digest]
 
     def _adapter(self, index: int, use: LoraUse) -> Adapter:
-        key = (self._own, use.digest)
-        adapter: Adapter | None = self._settings.cache.get(key)
-        if adapter is None:
-            adapter = self._load(index, use)
-            self._settings.cache.put(key, adapter, adapter.bytes)
-            self._ranks[use.digest] = adapter.ranks
+        adapter = self._store.get(f"loras[{index}].id", use.id, use.digest)
+        self._ranks[use.digest] = adapter.ranks
         return adapter
 
-    def _load(self, index: int, use: LoraUse) -> Adapter:
-        try:
-            file = self._settings.files.find(use.id)
-            if file.digest != use.digest:
-                raise AdapterProblem("was replaced after the request had arrived: send it again")
-            adapter = self.read(file)
-        except AdapterProblem as problem:
-            raise InvalidField(f"loras[{index}].id", f"LoRA '{use.id}' {problem}") from problem
-        _log.info("LoRA '%s' was read: %.1f MB", use.id, adapter.bytes / 1e6)
-        return adapter
+    def _read(self, path: Path) -> Adapter:
+        """Reads and checks a LoRA. Raises AdapterProblem if it does not fit this model."""
+        return self._fitted(read_layers(path, self._pipeline_class, self._components, self._unet_config))
 
     def _fitted(self, layers: Sequence[LoraLayer]) -> Adapter:
         matrices: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -214,6 +197,7 @@ class NoLoras:
     """Refuses the LoRAs of requests to a model that takes none; `why` completes "this model takes no LoRAs: it ..."."""
 
     why: str
+    fields: ClassVar[ModelFields] = {}
 
     def check(self, request: Request) -> None:
         """Raises InvalidField if the request has LoRAs."""

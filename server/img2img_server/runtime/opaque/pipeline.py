@@ -83,6 +83,8 @@ class OpaquePipeline:
         that the pipeline does not take."""
         if request.loras:
             raise InvalidField("loras", "this model takes no LoRAs: it runs as a whole, not step by step")
+        if request.image_prompts:
+            raise InvalidField("image_prompts", "this model takes no image prompts: it runs as a whole, not step by step")
         if _CONTROL in self._parameters:
             check_own_control(request)
         elif request.controls:

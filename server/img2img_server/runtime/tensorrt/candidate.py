@@ -22,6 +22,7 @@ from img2img_server.runtime import accuracy_check
 from img2img_server.runtime.common.device_copy import device_stream, enter_stream
 from img2img_server.runtime.companions import Companions
 from img2img_server.runtime.execution import Bucket, Execution
+from img2img_server.runtime.image_prompts.prompts import ImageAdapterSettings
 from img2img_server.runtime.loader import FAMILIES, Loading, assemble
 from img2img_server.runtime.lora.adapters import LoraSettings
 from img2img_server.runtime.onnx.graph_sizes import Sizes
@@ -46,7 +47,7 @@ class Workshop:
     """The dependencies of building and opening engines. `machine` names the GPU, the driver and the libraries.
 
     `other` makes runners of the serving provider, for components and sizes without an engine. `tensors` is where runners expect
-    tensors: "cuda", or "cpu" if PyTorch has no CUDA. `loras` and `companions` are those of requests.
+    tensors: "cuda", or "cpu" if PyTorch has no CUDA. `loras`, `companions` and `image_adapters` are those of requests.
     """
 
     execution: Execution
@@ -59,6 +60,7 @@ class Workshop:
     builder: Sequence[str] = _BUILDER
     loras: LoraSettings | None = None
     companions: Companions | None = None
+    image_adapters: ImageAdapterSettings | None = None
 
 
 class TensorRTCandidate:
@@ -91,7 +93,8 @@ class TensorRTCandidate:
     def load(self) -> Pipeline:
         """Loads a second pipeline of the bundle, with the engines."""
         shop = self._workshop
-        loading = Loading(self._bundle, self._manifest, shop.execution, shop.cache, shop.loras, shop.companions)
+        shared = shop.loras, shop.companions, shop.image_adapters
+        loading = Loading(self._bundle, self._manifest, shop.execution, shop.cache, *shared)
         make = self._maker(loading.threads)
         with DEVICE_IN_USE:
             return assemble(loading, make, "tensorrt", shop.tensors)
@@ -231,6 +234,7 @@ def candidates(
     runner_cache: RunnerCache,
     loras: LoraSettings | None = None,
     companions: Companions | None = None,
+    image_adapters: ImageAdapterSettings | None = None,
 ) -> list[TensorRTCandidate]:
     """TensorRT candidates of the models that it could run faster; empty if TensorRT or `execution` rules them out."""
     if execution.provider not in ("auto", "tensorrt") or execution.buckets == ():
@@ -242,8 +246,9 @@ def candidates(
         return []
     engines = EngineCache(execution.cache or default_root())
     workshop = Workshop(
-        execution, machine(), engines, cache, runner_cache.make, cuda.tensor_device(), loras=loras, companions=companions
-    )
+        execution, machine(), engines, cache, runner_cache.make, cuda.tensor_device(), loras=loras, companions=companions,
+        image_adapters=image_adapters,
+    )  # fmt: skip
     found = []
     for model in filter(_could_be_faster, models):
         assert model.bundle is not None, "a loaded model has a folder"
