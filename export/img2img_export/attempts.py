@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from img2img_server.bundle.image_prompts import PROMPTS_ONLY
 from img2img_server.bundle.manifest import (
     Component,
     ImageParity,
@@ -41,8 +42,8 @@ from img2img_export.verify.recorded_inputs import Calls, Recorder
 
 _log = logging.getLogger(__name__)
 
-WITH_CONTROLS = ("stable-diffusion", "stable-diffusion-xl")
-"""The families whose requests may have ControlNets."""
+WITH_CONTROLS = ("stable-diffusion", "stable-diffusion-xl", *PROMPTS_ONLY)
+"""The families that have a control graph: their requests may have image prompts, and some ControlNets."""
 CONTROLS_IF_ASKED = ("flux",)
 """Those whose graphs for them are made if the options ask for them: a transformer takes long to trace and to compare."""
 _AIM_DB = 25.0
@@ -84,7 +85,7 @@ def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, pro
     loader = Loader(source, layout, options.variant)
     *plans, last = models.plans_for(layout, options.backend)
     family = (*plans, last)[0].family
-    if options.control_graphs and family not in (*WITH_CONTROLS, *CONTROLS_IF_ASKED):
+    if options.control_graphs and (family in PROMPTS_ONLY or family not in (*WITH_CONTROLS, *CONTROLS_IF_ASKED)):
         raise ExportError(f"--control-graphs: there are no ControlNets for models of the family {family}")
     drawn = draw(loader, plans[0] if plans else last, options, progress)
     release_memory()

@@ -21,6 +21,7 @@ from drawing import Counted, alone, companions, load, together
 from fakes import make_request
 from img2img_export.verify.images import sample_image
 from img2img_server.bundle.adapter_files import LoraFiles
+from img2img_server.bundle.control_kinds import control_kind
 from img2img_server.bundle.image_adapters import ImageAdapterFiles
 from img2img_server.bundle.image_encoders import PIXELS
 from img2img_server.bundle.manifest import read_manifest
@@ -56,6 +57,8 @@ MIXES: tuple[Mix, ...] = (
     (("plain", "a", 1.0), ("plain", "b", 0.7)),
 )
 PAIR: tuple[Mix, ...] = ((), MIXES[4])
+MASK = Image.new("L", (64, 64), 0)
+MASK.paste(255, (20, 8, 60, 48))
 
 
 @dataclasses.dataclass
@@ -96,12 +99,13 @@ def adapters(tiny_model: Get, tiny_image_encoder: Get, tmp_path_factory: pytest.
 
 @pytest.fixture
 def model(bundle: Get, adapters: Get, encoders: Companions) -> Callable[..., Model]:
-    """A tiny model by its name, with the adapters of a folder or its own ones."""
+    """A tiny model by its bundle's name, with the adapters of a folder or its own ones."""
 
-    def get(name: str, folder: Path | None = None, **more: Any) -> Model:
+    def get(path: str, folder: Path | None = None, **more: Any) -> Model:
+        name = path.partition(":")[0]
         files = ImageAdapterFiles(folder or adapters(name))
         settings = ImageAdapterSettings(files, Cache(2**24))
-        return Model(name, load(bundle(name), encoders, image_adapters=settings, **more), files)
+        return Model(name, load(bundle(path), encoders, image_adapters=settings, **more), files)
 
     return get
 
@@ -163,6 +167,24 @@ def test_mixed_batch_matches_diffusers(
         assert not has_effect or np.abs(image - without).mean() > 3, "a prompt that changes nothing would prove nothing"
 
 
+def test_a_latent_consistency_model_matches_diffusers(
+    bundle: Get, model: Callable[..., Model], oracle: Callable[..., np.ndarray]
+) -> None:
+    """It has one row for an image. Its control graph is for image prompts only: no ControlNet fits."""
+    known = model("lcm:fp32:further")
+    assert control_kind(bundle("lcm:fp32:further"), read_manifest(bundle("lcm:fp32:further"))) == ()
+    for index, image in enumerate(together(known.pipeline, known.requests(PAIR))):
+        assert matches(image, oracle(known, PAIR[index], 5 + index)), PAIR[index]
+
+
+@pytest.mark.nightly
+def test_an_inpainting_model_matches_diffusers(model: Callable[..., Model], oracle: Callable[..., np.ndarray]) -> None:
+    known = model("sd-inpaint:fp32:further")
+    for index, image in enumerate(together(known.pipeline, known.requests(PAIR, mask=Mask(MASK, paste=False)))):
+        expected = oracle(known, PAIR[index], 5 + index, AutoPipelineForInpainting, mask_image=MASK, width=64, height=64)
+        assert matches(image, expected), PAIR[index]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -180,10 +202,8 @@ def test_other_settings_match_diffusers(
 
 def test_masked_requests_match_diffusers(model: Callable[..., Model], oracle: Callable[..., np.ndarray]) -> None:
     known = model("sd1")
-    mask = Image.new("L", (64, 64), 0)
-    mask.paste(255, (20, 8, 60, 48))
-    for index, image in enumerate(together(known.pipeline, known.requests(PAIR, mask=Mask(mask, paste=False)))):
-        expected = oracle(known, PAIR[index], 5 + index, AutoPipelineForInpainting, mask_image=mask, width=64, height=64)
+    for index, image in enumerate(together(known.pipeline, known.requests(PAIR, mask=Mask(MASK, paste=False)))):
+        expected = oracle(known, PAIR[index], 5 + index, AutoPipelineForInpainting, mask_image=MASK, width=64, height=64)
         assert matches(image, expected), PAIR[index]
 
 

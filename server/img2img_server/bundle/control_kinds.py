@@ -6,6 +6,7 @@ from typing import Any
 
 from img2img_server.bundle.controls import FAMILY, FLUX_CLASS
 from img2img_server.bundle.files import read_json
+from img2img_server.bundle.image_prompts import PROMPTS_ONLY
 from img2img_server.bundle.manifest import Manifest
 from img2img_server.errors import InvalidField
 
@@ -56,13 +57,13 @@ def _difference(net: ControlKind, model: ControlKind) -> str:
 
 
 def control_kind(bundle: Path, manifest: Manifest) -> ControlKind:
-    """The kind of the bundle of a ControlNet, or of a model with a control graph. Empty for others, and if it cannot be read:
-    loading the bundle says why."""
+    """The kind of the bundle of a ControlNet, or of a model whose requests may have some. Empty for others, and if it cannot be
+    read: loading the bundle says why."""
     try:
         if manifest.family == FAMILY:
             return kind_of_net(read_json(bundle / FAMILY / "config.json"))
         denoiser = next((part.name for part in manifest.components if part.control), None)
-        if denoiser is None:
+        if denoiser is None or manifest.family in PROMPTS_ONLY:
             return ()
         folder = next(bundle / name for name in ("vae_decoder", "vae") if (bundle / name).is_dir())
         pixels = 2 ** (len(read_json(folder / "config.json")["block_out_channels"]) - 1)

@@ -19,6 +19,9 @@ ADAPTERS, TOKENS = "image_adapters", "image_tokens"
 ADAPTER_COUNTS, TOKEN_COUNTS = (1, 2, 4), (4, 16, 32, 64, 128, 272)
 """What the axes of calls are filled up to, so that few shapes occur. Rows without image prompts alone have one token."""
 
+PROMPTS_ONLY = ("latent-consistency", "stable-diffusion-inpainting", "stable-diffusion-xl-inpainting")
+"""The families whose control graph is for image prompts only: their requests have no ControlNets."""
+
 _BLOCKS: dict[str | None, bool] = {
     **{"DownBlock2D": False, "UpBlock2D": False, "UNetMidBlock2D": False, None: False},
     **{"CrossAttnDownBlock2D": True, "CrossAttnUpBlock2D": True, "UNetMidBlock2DCrossAttn": True},
