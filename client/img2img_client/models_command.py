@@ -22,6 +22,7 @@ examples:
   img2img models --schedulers
   img2img models --fields
   img2img models --controlnets
+  img2img models --image-adapters
   img2img models --loras
   img2img models --load sdxl
   img2img models --load-repo stabilityai/sdxl-turbo --variant fp16
@@ -44,6 +45,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--speedups", action="store_true", help="list how much faster each model is with --fidelity, and what it changes"
     )
     parser.add_argument("--controlnets", action="store_true", help="list the ControlNets that requests to each model can name")
+    parser.add_argument(
+        "--image-adapters", action="store_true", help="list the image adapters that image prompts to each model can name"
+    )
     parser.add_argument("--loras", action="store_true", help="list the server's LoRAs instead, which requests may name")
     parser.add_argument("--json", action="store_true", help="print every field of every model as JSON")
     change = parser.add_argument_group("load or unload a model").add_mutually_exclusive_group()
@@ -105,9 +109,9 @@ def _print_table(models: "tuple[ModelInfo, ...]", arguments: argparse.Namespace)
 
     engines = any(model.engines for model in models)
     details = any(model.detail for model in models)
-    asked = {name: getattr(arguments, name) for name in ("schedulers", "fields", "speedups", "controlnets")}
+    asked = {name: getattr(arguments, name) for name in ("schedulers", "fields", "speedups", "controlnets", "image_adapters")}
     shown = {"detail": details, "promotion": engines, **asked}
-    more = [column for column, is_shown in shown.items() if is_shown]
+    more = [column.replace("_", " ") for column, is_shown in shown.items() if is_shown]
     table = Table("id", "family", "backend", "engine", "state", "memory", "default", *more)
     for model in models:
         memory = _mebibytes(model.memory_bytes) if model.memory_bytes and model.state == "ready" else ""
@@ -125,6 +129,8 @@ def _print_table(models: "tuple[ModelInfo, ...]", arguments: argparse.Namespace)
             cells.append("\n".join(map(_describe_speedup, model.speedups)))
         if arguments.controlnets:
             cells.append("\n".join(model.controlnets))
+        if arguments.image_adapters:
+            cells.append("\n".join(model.image_adapters))
         table.add_row(*(Text(cell, overflow="fold") for cell in cells))  # Text, since a str would be read as markup.
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE)
     console.print(table)

@@ -1,13 +1,13 @@
 """Converts a caller's arguments to the request message. Omitted options stay unset, so the server's defaults apply."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, Union, get_args
 
 from img2img.v1 import image_to_image_pb2 as messages
 
-from img2img_client.values import Asset, Control, ImageFormat, Level, ModelInfo, ModelReference
+from img2img_client.values import Asset, Control, ImageFormat, ImagePrompt, Level, ModelInfo, ModelReference
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,7 +45,8 @@ class TransformOptions(TypedDict, total=False):
     its edges by so many pixels. The result has the source's pixels outside the mask, unless `mask_paste` is False.
     `reference_images` are more images to edit by, and `true_cfg_scale`, in 0..30, is guidance by `negative_prompt`, for models
     that take them: `ModelInfo.fields` says which options a model takes, with its defaults and bounds. `controls` are images that
-    ControlNets of the server read, such as edges or a pose.
+    ControlNets of the server read, such as edges or a pose. `image_prompts` are images that image adapters of the server read
+    beside the prompt.
 
     `fidelity` says how near the images must be to the exact ones, for speed: "exact" (the default), "high" (at least 35 dB) or
     "fast" (at least 30 dB). Or set `min_psnr_db`, in decibels, or `min_ssim`, in 0..1. `ModelInfo.speedups` says what a model
@@ -79,6 +80,7 @@ class TransformOptions(TypedDict, total=False):
     min_psnr_db: float | None
     min_ssim: float | None
     controls: "Sequence[Control] | None"
+    image_prompts: "Sequence[ImagePrompt] | None"
 
 
 def taken_options(options: TransformOptions, models: Sequence[ModelInfo]) -> TransformOptions:
@@ -127,7 +129,7 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
         mask_blur=options.get("mask_blur"),
         mask_invert=options.get("mask_invert"),
         mask_paste=options.get("mask_paste"),
-        reference_images=[_image_message(image, "reference_images") for image in _references(options)],
+        reference_images=_image_messages(options.get("reference_images") or (), "reference_images"),
         true_cfg_scale=options.get("true_cfg_scale"),
         loras=[messages.Lora(id=name, scale=scale) for name, scale in (options.get("loras") or {}).items()],
         fidelity=_fidelity_message(options),
@@ -142,6 +144,14 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
             )
             for control in options.get("controls") or ()
         ],
+        image_prompts=[
+            messages.ImagePrompt(
+                adapter=prompt.adapter,
+                images=_image_messages(prompt.images, f"image_prompts[{index}].images"),
+                scale=prompt.scale,
+            )
+            for index, prompt in enumerate(options.get("image_prompts") or ())
+        ],
     )
     if request.ByteSize() > MAX_MESSAGE_BYTES:
         raise ValueError(
@@ -149,13 +159,6 @@ def build_request(image: ImageInput, options: TransformOptions) -> messages.Tran
             " smaller image"
         )
     return request
-
-
-def _references(options: TransformOptions) -> "Sequence[ImageInput]":
-    references = options.get("reference_images") or ()
-    if isinstance(references, str | bytes | os.PathLike):
-        raise TypeError("reference_images must be a list of images, not a single image")
-    return references
 
 
 def model_message(model: str | ModelReference | None) -> messages.ModelReference | None:
@@ -179,6 +182,12 @@ def _image_message(image: ImageInput, name: str = "image") -> messages.ImageSour
     if isinstance(image, str) and image.startswith(ADDRESS_SCHEMES):
         return messages.ImageSource(uri=image)
     return messages.ImageSource(data=read_file(image, name))
+
+
+def _image_messages(images: "Sequence[ImageInput]", name: str) -> list[messages.ImageSource]:
+    if isinstance(images, str | bytes) or not isinstance(images, Iterable):
+        raise TypeError(f"{name} must be a list of images, not a single image")
+    return [_image_message(image, name) for image in images]
 
 
 def read_file(image: ImageInput, name: str = "image") -> bytes:

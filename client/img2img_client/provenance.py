@@ -45,8 +45,8 @@ def read_provenance(data: bytes) -> Mapping[str, Any] | None:
 
 
 def recorded_options(record: Mapping[str, Any]) -> "TransformOptions":
-    """The options of the request that made the image, from its record. The mask, reference images and controls are left out,
-    since a record has no images. Raises ValueError if an option is missing or has a wrong type."""
+    """The options of the request that made the image, from its record. The mask, reference images, controls and image prompts are
+    left out, since a record has no images. Raises ValueError if an option is missing or has a wrong type."""
 
     def field(name: str, *kinds: type) -> Any:
         value = record.get(name)

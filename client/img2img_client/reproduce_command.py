@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from img2img_client.connection import add_connection_flags, connect, target_of
 from img2img_client.reporting import attempt, print_error, retry_report
-from img2img_client.values import Control
+from img2img_client.values import Control, ImagePrompt
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,6 +69,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         dest="controls",
         help="a control image, as a file or an address; repeat in the order of the request (default: FILE's assets)",
     )
+    parser.add_argument(
+        "--image-prompt",
+        action="append",
+        metavar="FILE",
+        dest="prompt_images",
+        help="an image of an image prompt, as a file or an address; repeat in the order of the request (default: FILE's assets)",
+    )
     parser.add_argument("--output", type=Path, metavar="OUT", help="write the new image here (default: only compare)")
     parser.add_argument(
         "--max-difference", type=int, metavar="N", help="fail if a channel of a pixel differs by more than N of 255"
@@ -93,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         options.update(_mask(arguments, record))
         options["reference_images"] = _references(arguments, record)
         options["controls"] = _controls(arguments, record)
+        options["image_prompts"] = _image_prompts(arguments, record)
         with connect(arguments, retry_report(PROGRAM, target_of(arguments))) as client:
             # An older server recorded also what its model did not take.
             result = client.transform(source, **taken_options(options, client.models()))
@@ -203,6 +211,22 @@ def _controls(arguments: argparse.Namespace, record: Mapping[str, Any]) -> list[
     ]
 
 
+def _image_prompts(arguments: argparse.Namespace, record: Mapping[str, Any]) -> list[ImagePrompt]:
+    recorded, given = record.get("image_prompts") or [], arguments.prompt_images
+    try:
+        assets = [[image.get("asset") for image in prompt["images"]] for prompt in recorded]
+        known = [(str(prompt["adapter"]), float(prompt["scale"])) for prompt in recorded]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"the img2img record in the image is damaged: image_prompts is {recorded!r}") from None
+    count = sum(map(len, assets))
+    if given is not None and len(given) != count:
+        raise ValueError(f"--image-prompt is given {len(given)} times, but the request had {count} images in image prompts")
+    if given is None and not all(isinstance(asset, str) for images in assets for asset in images):
+        raise ValueError(f"--image-prompt FILE is needed {count} times: not all images of FILE's image prompts were assets")
+    images = iter([f"asset:{asset}" for of in assets for asset in of] if given is None else given)
+    return [ImagePrompt(adapter, [next(images) for _ in of], scale) for (adapter, scale), of in zip(known, assets, strict=True)]
+
+
 _COMPARED = {
     "source_digest": "the source image is not the one that was used",
     "mask": "the mask is not the one that was used",
@@ -211,6 +235,7 @@ _COMPARED = {
     "loras": "a LoRA's file was replaced",
     "speedup": "the model has other speedups",
     "controls": "a ControlNet or a control image is not the one that was used",
+    "image_prompts": "an image adapter, its image encoder or an image of an image prompt is not the one that was used",
     "engine": "another engine runs the model",
     "img2img": "another version of img2img runs",
 }
@@ -235,8 +260,11 @@ def _digest(record: Mapping[str, Any], name: str) -> object:
 
 
 def _digests(item: object) -> object:
-    """The digests of an item of a list, and not the ids of its assets, which a file need not have."""
-    return [item.get("bundle_digest"), item.get("digest")] if isinstance(item, dict) else item
+    """The digests of an item of a list, and of its images, and not the ids of its assets, which a file need not have."""
+    if not isinstance(item, dict):
+        return item
+    own = [item.get(name) for name in ("bundle_digest", "encoder_digest", "digest")]
+    return [*own, *(_digests(image) for image in item.get("images", ()))]
 
 
 def _report(difference: ImageDifference, notes: list[str], *, as_json: bool) -> None:

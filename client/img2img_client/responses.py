@@ -127,6 +127,7 @@ def parse_model(message: model_pb2.Model) -> values.ModelInfo:
         fields=tuple(_parse_field(field) for field in message.fields),
         speedups=tuple(_parse_speedup(speedup) for speedup in message.speedups),
         controlnets=tuple(message.controlnets),
+        image_adapters=tuple(message.image_adapters),
     )
 
 

@@ -6,7 +6,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from img2img_client.connection import add_connection_flags, connect, target_of
 from img2img_client.output import Output, plan_output
 from img2img_client.reporting import attempt, print_error, retry_report
-from img2img_client.values import Completed, Control, Level, ModelReference, TransformEvent, TransformResult
+from img2img_client.values import Completed, Control, ImagePrompt, Level, ModelReference, TransformEvent, TransformResult
 
 if TYPE_CHECKING:
     from img2img_client.options import Fit, ImageInput, TransformOptions
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "img2img transform"
 _SIDES = ("LEFT", "TOP", "RIGHT", "BOTTOM")
-_CONTROL_NUMBERS = {"scale": float, "start": float, "end": float, "control_mode": int}
+_CONTROL_SETTINGS = {"scale": float, "start": float, "end": float, "control_mode": int}
+_PROMPT_SETTINGS = {"image": str, "scale": float}
 
 _EPILOG = """\
 examples:
@@ -34,6 +35,7 @@ examples:
   img2img transform photo.jpg --output wide.png --prompt "a wide beach" --expand 128,0,128,0 --strength 1
   img2img transform photo.jpg --output style.png --lora ghibli:0.8 --lora sharp
   img2img transform photo.jpg --output house.png --control canny=edges.png,scale=0.8,end=0.6
+  img2img transform photo.jpg --output painted.png --image-prompt ip-adapter_sd15=painting.jpg,scale=0.6
   img2img transform photo.jpg --output lake.png --scheduler "DPM++ 2M Karras" --steps 15 --preview-every 3
   cat photo.jpg | img2img transform - --output - --format webp --quiet > sunset.webp
   img2img transform room.jpg --reference chair.png --reference lamp.png --output new.png --prompt "put both into the room"
@@ -136,6 +138,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "effect, start and end the fractions of the steps between which it applies, control_mode the kind of the image for a "
         "union (repeatable); `img2img models --controlnets` lists the ControlNets that fit each model; leave MODEL out if the "
         "model needs a control image but no ControlNet, as Flux Depth does",
+    )
+    group.add_argument(
+        "--image-prompt",
+        type=_image_prompt,
+        action="append",
+        default=[],
+        metavar="ADAPTER=FILE[,image=FILE]...[,scale=S]",
+        dest="image_prompts",
+        help="image whose content and style the result takes over, as a file or an address, read by an image adapter "
+        "(IP-Adapter) of the server; image adds one more image for the same adapter, scale is the factor of their effect "
+        "(repeatable); `img2img models --image-adapters` lists the adapters that fit each model",
     )
     bound = group.add_mutually_exclusive_group()
     bound.add_argument(
@@ -291,25 +304,46 @@ def _loras(given: "list[tuple[str, float]]") -> dict[str, float]:
 def _control(text: str) -> Control:
     """A control: its model if it has one, its image, and numbers after commas."""
     model, equals, rest = text.partition("=")
-    if not equals or model.rpartition(",")[2] in _CONTROL_NUMBERS:
+    if not equals or model.rpartition(",")[2] in _CONTROL_SETTINGS:
         model, rest = "", text
-    image, *parts = rest.split(",")
-    # A file's name may contain commas.
-    while parts and parts[0].partition("=")[0] not in _CONTROL_NUMBERS:
-        image += f",{parts.pop(0)}"
+    image, settings = _image_and_settings(rest, _CONTROL_SETTINGS)
     if not image:
         raise argparse.ArgumentTypeError(f"must be MODEL=FILE or FILE, not {text!r}")
-    numbers: dict[str, Any] = {}
+    return Control(model or None, image, **dict(settings))
+
+
+def _image_prompt(text: str) -> ImagePrompt:
+    """An image prompt: its adapter, its first image, and after commas more images and a scale."""
+    adapter, _, rest = text.partition("=")
+    first, settings = _image_and_settings(rest, _PROMPT_SETTINGS)
+    images = [first, *(value for name, value in settings if name == "image")]
+    if not adapter or not all(images):
+        raise argparse.ArgumentTypeError(f"must be ADAPTER=FILE or ADAPTER=FILE,image=FILE, not {text!r}")
+    return ImagePrompt(adapter, images, dict(settings).get("scale"))
+
+
+def _image_and_settings(text: str, kinds: Mapping[str, type]) -> tuple[str, list[tuple[str, Any]]]:
+    """An image's name, and the settings after it, separated by commas. `kinds` are the settings' types by their names."""
+    image, *parts = text.split(",")
+    found = [("", image)]
     for part in parts:
         name, _, value = part.partition("=")
-        if name not in _CONTROL_NUMBERS:
-            raise argparse.ArgumentTypeError(f"unknown setting {name!r}: use {', '.join(_CONTROL_NUMBERS)}")
-        try:
-            numbers[name] = _CONTROL_NUMBERS[name](value)
-        except ValueError:
-            kind = "an integer" if _CONTROL_NUMBERS[name] is int else "a number"
-            raise argparse.ArgumentTypeError(f"{name} must be {kind}, not {value!r}") from None
-    return Control(model or None, image, **numbers)
+        last, before = found[-1]
+        if name in kinds:
+            found.append((name, value))
+        elif kinds.get(last, str) is str:  # A file's name may contain commas.
+            found[-1] = (last, f"{before},{part}")
+        else:
+            raise argparse.ArgumentTypeError(f"unknown setting {name!r}: use {', '.join(kinds)}")
+    return found[0][1], [(name, _setting(name, value, kinds[name])) for name, value in found[1:]]
+
+
+def _setting(name: str, value: str, kind: type) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        words = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{name} must be {words}, not {value!r}") from None
 
 
 def _source(image: str) -> "ImageInput":
@@ -366,6 +400,7 @@ def _options(arguments: argparse.Namespace) -> "TransformOptions":
         "min_psnr_db": arguments.min_psnr,
         "min_ssim": arguments.min_ssim,
         "controls": arguments.controls,
+        "image_prompts": arguments.image_prompts,
     }
 
 

@@ -1,6 +1,6 @@
 """Inputs and results as frozen dataclasses, independent of gRPC."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -64,6 +64,21 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True)
+class ImagePrompt:
+    """Images that an image adapter (IP-Adapter) of the server reads beside the prompt: the result takes over their content and
+    style, not their layout.
+
+    `adapter` is the adapter's id, one of the ModelInfo's `image_adapters`. `images` are at least one, each a file's path, a
+    file's bytes, a Pillow image, an Asset, or an address that the server reads; their effects are mixed. `scale` is the factor
+    of the effect; None means the server's default, 1.
+    """
+
+    adapter: str
+    images: "Sequence[ImageInput]"
+    scale: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """A candidate engine, such as "onnx:tensorrt", that is or was built in the background for a model.
 
@@ -122,7 +137,7 @@ class ModelInfo:
     when it was loaded, None if unknown. `detail` is a readable text: the current loading step, or why the model is not ready.
     `fields` are the options that requests can set, empty if the model is not ready or the server is older than this list.
     `speedups` are what a request's `fidelity` can buy, the fastest first. `controlnets` are the ids of the ControlNets that the
-    `controls` of its requests may name.
+    `controls` of its requests may name, `image_adapters` those of the adapters that `image_prompts` may name.
     """
 
     id: str
@@ -142,6 +157,7 @@ class ModelInfo:
     fields: tuple[FieldInfo, ...] = ()
     speedups: tuple[SpeedupInfo, ...] = ()
     controlnets: tuple[str, ...] = ()
+    image_adapters: tuple[str, ...] = ()
 
     def field(self, name: str) -> FieldInfo | None:
         """The option of that name, None if the model does not take it or `fields` is empty."""

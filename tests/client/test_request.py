@@ -73,8 +73,7 @@ def test_every_option_is_sent_as_set(client: Client, service: FakeService) -> No
 def test_options_cover_every_field_of_the_contract() -> None:
     from img2img_client import TransformOptions
 
-    missing = {"image_prompts"}  # until the Python client has them
-    fields = {field.name for field in messages.TransformRequest.DESCRIPTOR.fields} - {"image", "output"} - missing
+    fields = {field.name for field in messages.TransformRequest.DESCRIPTOR.fields} - {"image", "output"}
     inner = {field.name for of in (messages.OutputOptions, messages.Fidelity) for field in of.DESCRIPTOR.fields} - {"level"}
     assert set(TransformOptions.__annotations__) == fields | inner
 
