@@ -268,7 +268,7 @@ def test_an_image_encoder_stays_in_memory_while_the_request_runs(
 def test_the_first_request_with_an_image_prompt_opens_the_control_graph(
     stub: ImageToImageServiceStub, pipeline: FakePipeline
 ) -> None:
-    opened = []
+    opened: list[None] = []
     own = vars(pipeline)
     own["unopened_bytes"], own["open_control"] = 1000, lambda: opened.append(own.update(unopened_bytes=0))
     stub.Transform(asked())

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -92,15 +92,16 @@ async def test_stream_yields_every_event_in_order() -> None:
 @pytest.mark.parametrize(
     "uses",
     [
-        {"controls": (ControlUse("net", Image.new("RGB", (16, 16))),)},
-        {"image_prompts": (ImagePromptUse("plus", (Image.new("RGB", (8, 8)),), encoder="net"),)},
+        lambda name: {"controls": (ControlUse(name, Image.new("RGB", (16, 16))),)},
+        lambda name: {"image_prompts": (ImagePromptUse("plus", (Image.new("RGB", (8, 8)),), encoder=name),)},
     ],
+    ids=["controls", "image_prompts"],
 )
-async def test_a_request_keeps_its_controlnets_and_image_encoders_in_memory(uses: dict[str, Any]) -> None:
+async def test_a_request_keeps_its_controlnets_and_image_encoders_in_memory(uses: Callable[[str], dict[str, Any]]) -> None:
     pipeline, gate = FakePipeline(), Gate()
     pipeline.before_call = gate
     async with replica(store(m=pipeline, net=FakePipeline())) as it:
-        calling = asyncio.create_task(it.transform(job(num_inference_steps=1, strength=1.0, **uses)))
+        calling = asyncio.create_task(it.transform(job(num_inference_steps=1, strength=1.0, **uses("net"))))
         await gate.reached.wait()
         unloading = asyncio.create_task(it.unload(ModelQuery(ANYBODY, name="net")))
         await it.look()
@@ -108,7 +109,7 @@ async def test_a_request_keeps_its_controlnets_and_image_encoders_in_memory(uses
         gate.open.set()
         assert isinstance(await calling, Completed)
         assert isinstance(await unloading, Unloaded)
-        missing = await it.transform(job(controls=(ControlUse("none", Image.new("RGB", (16, 16))),)))
+        missing = await it.transform(job(**uses("none")))
     assert isinstance(missing, Failed)
     assert isinstance(missing.error, ModelNotFound)
 
