@@ -1,13 +1,16 @@
 """Requests with image prompts, in one batch with others: images as diffusers draws them with IP-Adapters, to 1/255."""
 
 import dataclasses
+import io
 import itertools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -19,12 +22,18 @@ from diffusers import (
 )
 from drawing import Counted, alone, companions, load, together
 from fakes import make_request
+from img2img.v1 import image_to_image_pb2 as pb
+from img2img.v1 import model_pb2
+from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
+from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_export.verify.images import sample_image
+from img2img_server.backends.local import local
 from img2img_server.bundle.adapter_files import LoraFiles
 from img2img_server.bundle.control_kinds import control_kind
 from img2img_server.bundle.image_adapters import ImageAdapterFiles
 from img2img_server.bundle.image_encoders import PIXELS
 from img2img_server.bundle.manifest import read_manifest
+from img2img_server.config import ImageAdapterFolder
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import ControlUse, LoraUse, Mask, Request, run_alone
 from img2img_server.errors import InvalidField, ModelNotLoaded
@@ -38,6 +47,7 @@ from img2img_server.runtime.lora.adapters import LoraSettings
 from img2img_server.support.model_fields import IMAGE_PROMPTS
 from lora_making import make, write_diffusers
 from PIL import Image
+from running import running_backend
 from tiny_image_adapters import ENCODER, image_of, prompt, write_all
 from tiny_image_encoders import SIDE
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
@@ -143,6 +153,12 @@ def oracle(tiny_model: Get, tiny_image_encoder: Get) -> Callable[..., np.ndarray
         return np.asarray(pipe(generator=torch.Generator().manual_seed(seed), **settings).images[0], int)
 
     return draw
+
+
+def png_of(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def matches(image: np.ndarray, expected: np.ndarray) -> bool:
@@ -357,3 +373,39 @@ def test_models_without_image_prompts_refuse_them(
     with pytest.raises(InvalidField, match=f"^image_prompts: this model takes no image prompts: {reason}"):
         pipeline.plan(known.requests([MIXES[1]])[0])
     pipeline.close()
+
+
+def test_a_server_draws_what_diffusers_draws(
+    bundle: Get,
+    image_encoder_bundle: Get,
+    adapters: Get,
+    model: Callable[..., Model],
+    oracle: Callable[..., np.ndarray],
+    tmp_path: Path,
+) -> None:
+    """Requests with other image prompts at the same time. Neither the image encoder nor the control graph is open before."""
+    for name, found in (("sd1", bundle("sd1")), ("h", image_encoder_bundle("h")), ("g", image_encoder_bundle("g"))):
+        (tmp_path / name).symlink_to(found)
+    settings = {"default_model": "sd1", "execution": Execution("cpu"), "image_adapters": ImageAdapterFolder(adapters("sd1"))}
+    with (
+        running_backend(local, models=tmp_path, **settings) as server,
+        grpc.insecure_channel(f"localhost:{server.port}") as channel,
+    ):
+        stub = ImageToImageServiceStub(channel)
+
+        def ask(index: int) -> np.ndarray:
+            mix = [
+                pb.ImagePrompt(adapter=name, images=[pb.ImageSource(data=png_of(image_of(one))) for one in letters], scale=scale)
+                for name, letters, scale in MIXES[index]
+            ]
+            source = pb.ImageSource(data=png_of(sample_image(64, 64)))
+            result = stub.Transform(pb.TransformRequest(image=source, image_prompts=mix, seed=5 + index, **SETTINGS))
+            return np.asarray(Image.open(io.BytesIO(result.images[0].data)), int)
+
+        with ThreadPoolExecutor(len(MIXES)) as pool:
+            drawn = list(pool.map(ask, range(len(MIXES))))
+        (known,) = (one for one in ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest()).models if one.id == "sd1")
+    for index, image in enumerate(drawn):
+        assert matches(image, oracle(model("sd1"), MIXES[index], 5 + index)), MIXES[index]
+    assert list(known.image_adapters) == ["full", "plain", "plus"]
+    assert IMAGE_PROMPTS.keys() <= {field.name for field in known.fields}
