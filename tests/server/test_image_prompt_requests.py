@@ -12,9 +12,10 @@ from typing import Any
 
 import grpc
 import numpy as np
+import prompting
 import pytest
 import tritonclient.grpc as triton  # type: ignore[import-untyped]
-from adapter_headers import EMBEDDING, STATE, TEXT, WIDTHS, write_header
+from adapter_headers import EMBEDDING, STATE, TEXT, write_header
 from fakes import FakePipeline
 from granting import bearing, grant
 from http_calls import EDITS, ask, get
@@ -23,14 +24,13 @@ from img2img.v1 import model_pb2
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_client import read_provenance
-from img2img_server.bundle.image_adapters import PromptKind
 from img2img_server.bundle.image_encoders import FAMILY, EncoderWidths
 from img2img_server.config import AssetSettings, ImageAdapterFolder
 from img2img_server.engine.request import ImagePromptUse
 from img2img_server.images import ImageLimits
 from img2img_server.images.squares import centered_square
 from img2img_server.models.registry import Model, ModelRegistry
-from img2img_server.support.model_fields import GUIDED, IMAGE_PROMPTS
+from img2img_server.support.model_fields import IMAGE_PROMPTS
 from kserve_calls import client_of as kserve_client
 from messages import failure, png
 from PIL import Image
@@ -38,7 +38,6 @@ from running import RunningServer, manifest, running
 from tritonclient.utils import InferenceServerException  # type: ignore[import-untyped]
 
 LIMITS = ImageLimits(max_bytes=60_000, max_source_pixels=20_000)
-KIND = PromptKind(WIDTHS, TEXT)
 SIDES = {"vit": 16, "big": 24}
 """The sides of the squares that the image encoders read."""
 
@@ -49,7 +48,7 @@ WIDTHS_OF = {"vit": EncoderWidths(EMBEDDING, 1), "big": EncoderWidths(1, STATE)}
 def registry(pipeline: FakePipeline) -> ModelRegistry:
     """The model "m", one that takes no image prompts, and two image encoders."""
     own = manifest("acme/m")
-    found = [Model("m", own, pipeline, prompt_kind=KIND), Model("plain", own, FakePipeline())]
+    found = [prompting.model("m", pipeline), Model("plain", own, FakePipeline())]
     for name, side in SIDES.items():
         encoder = FakePipeline()
         encoder.native_size = (side, side)
@@ -74,9 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline() -> FakePipeline:
-    made = FakePipeline()
-    made.fields = {**GUIDED, **IMAGE_PROMPTS}
-    return made
+    return FakePipeline()
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,16 @@
 """The models of replicas, as a front sees them: the best state that each has anywhere, and what becomes of it."""
 
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
+import prompting
 import pytest
+from adapter_headers import shapes_of
 from fake_replicas import CARD, IDLE, LOST, FakeReplicas, Rig, rig
 from fakes import FakePipeline
-from img2img_server.backends.ray.messages import Look, ModelQuery, ReplicaLeft, Unloaded
+from img2img_server.api.companions import CompanionLease
+from img2img_server.backends.ray.messages import Card, Look, ModelQuery, ReplicaLeft, Unloaded
+from img2img_server.bundle.image_adapters import ImageAdapterHeader, needs_of
 from img2img_server.bundle.manifest import Source
 from img2img_server.engine.request import Failed
 from img2img_server.engine.scheduler import QueueLimits
@@ -142,3 +147,22 @@ async def test_loading_and_unloading_reach_all_replicas() -> None:
             await it.models.unload("m")
         with pytest.raises(NoReplica):
             await it.models.unload("m")
+
+
+async def test_a_front_finds_the_image_encoder_of_an_adapter_and_has_it_loaded() -> None:
+    """By the widths on its card, before any replica has it in memory; then the card has the size of its squares."""
+    model, encoder = prompting.model("m", FakePipeline()), prompting.image_encoder()
+    async with rig() as it:
+        known = tuple(Card.of(one) for one in (model, replace(encoder, pipeline=None)))
+        it.replicas.looks = {"r0": Look("r0", IDLE, known, None)}
+        await it.roster.poll()
+        it.replicas.answers["bring"] = [Card.of(encoder)]
+        adapter = ImageAdapterHeader("plain", needs_of(shapes_of("plain")))
+        with answering(Call("", "")):
+            async with AsyncExitStack() as lease:
+                companions = CompanionLease(it.roster.models, it.models, it.roster.models.get("m"), lease)
+                (found,) = await companions.encoders([adapter])
+    assert found.id == encoder.id
+    assert found.pipeline is not None
+    assert found.pipeline.native_size == (prompting.SIDE, prompting.SIDE)
+    assert [(method, asked.reference) for method, asked in it.replicas.asked] == [("bring", Source(path=encoder.id))]
