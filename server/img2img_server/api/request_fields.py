@@ -86,7 +86,7 @@ _CONTROL = (
 )
 """The fields of a control."""
 _PROMPT = (
-    RequestField("image_prompts.images", _NO_IMAGE_PROMPTS, required=True, max_count=MOST_IMAGES),
+    RequestField("image_prompts.images", _NO_IMAGE_PROMPTS, max_count=MOST_IMAGES),
     RequestField("image_prompts.scale", _NO_IMAGE_PROMPTS, default=1.0, minimum=-MAX_SCALE, maximum=MAX_SCALE),
 )
 """The fields of an image prompt."""
