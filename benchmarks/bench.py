@@ -11,6 +11,7 @@ import bench_export
 import bench_growth
 import bench_host
 import bench_http
+import bench_image_prompts
 import bench_loras
 import bench_providers
 import bench_ray
@@ -51,6 +52,7 @@ def main() -> int:
     # Too long to run by default.
     apart = {
         "loras": (bench_loras, "steps with LoRAs of requests, against none and against calls divided by LoRA (1 minute)"),
+        "image-prompts": (bench_image_prompts, "steps with image prompts of requests, against none (1 minute)"),
         "peers": (
             bench_peers,
             "many concurrent requests, compared with LitServe and BentoML (10 minutes, after scripts/peers_setup)",

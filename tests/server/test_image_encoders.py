@@ -74,6 +74,7 @@ def test_images_are_encoded_as_diffusers_does(encoder: ImageEncoder, tiny_image_
     vars(pipe).update(parts)
     images = [sample(size) for size in SIZES]
     embeds, states = encoder.encode(images)
+    assert states.shape[1] == encoder.tokens
     no_embeds, no_states = encoder.encode_nothing()
     with torch.no_grad():
         expected, nothing = pipe.encode_image(images, "cpu", 1)
@@ -176,5 +177,6 @@ def test_a_graph_of_something_else_is_refused() -> None:
     class Other:
         input_types = {"sample": torch.float32}
 
+    config = {"image_size": 28, "patch_size": 7, "projection_dim": 24, "hidden_size": 32}
     with pytest.raises(BundleError, match="graph has no input pixel_values"):
-        ImageEncoder(Other(), {"image_size": 28, "projection_dim": 24, "hidden_size": 32}, "", "onnx:cpu", "cpu")  # type: ignore[arg-type]
+        ImageEncoder(Other(), config, "", "onnx:cpu", "cpu")  # type: ignore[arg-type]

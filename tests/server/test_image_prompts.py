@@ -32,6 +32,7 @@ from img2img_server.bundle.adapter_files import LoraFiles
 from img2img_server.bundle.control_kinds import control_kind
 from img2img_server.bundle.image_adapters import ImageAdapterFiles
 from img2img_server.bundle.image_encoders import PIXELS
+from img2img_server.bundle.image_prompts import layer_widths, states_width
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.config import ImageAdapterFolder
 from img2img_server.engine.cache import Cache
@@ -41,6 +42,7 @@ from img2img_server.runtime.companions import Companions
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.image_encoders import ImageEncoder
+from img2img_server.runtime.image_prompts import prompts as image_prompts
 from img2img_server.runtime.image_prompts.prompts import ImageAdapterSettings
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.lora.adapters import LoraSettings
@@ -351,6 +353,21 @@ def test_an_image_encoder_of_other_widths_is_refused(model: Callable[..., Model]
         known.pipeline.plan(dataclasses.replace(request, image_prompts=(first, dataclasses.replace(second, encoder="g"))))
     with pytest.raises(ModelNotLoaded, match="image encoder 'a' is not loaded"):
         known.pipeline.plan(dataclasses.replace(request, image_prompts=(dataclasses.replace(first, encoder="a"),)))
+
+
+@pytest.mark.parametrize(("mix", "index", "tokens"), [(MIXES[2], 0, 15), (MIXES[5], 0, 17), (MIXES[4], 0, 8)])
+def test_image_prompts_of_more_tokens_than_memory_is_for_are_refused(
+    mix: Mix, index: int, tokens: int, model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = model("sd1")
+    (request,) = known.requests([mix])
+    width = states_width(layer_widths(known.pipeline._denoiser.config))
+    monkeypatch.setattr(image_prompts, "_MOST_NUMBERS", len(mix) * tokens * width)
+    known.pipeline.plan(request)
+    monkeypatch.setattr(image_prompts, "_MOST_NUMBERS", len(mix) * tokens * width - 1)
+    reason = f"the adapter makes {tokens} tokens of them, and this model takes {tokens - 1} in each of {len(mix)} image prompts"
+    with pytest.raises(InvalidField, match=rf"^image_prompts\[{index}\].images: {reason}"):
+        known.pipeline.plan(request)
 
 
 @pytest.mark.parametrize(

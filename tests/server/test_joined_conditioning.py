@@ -54,3 +54,14 @@ def test_joined_conditioning_is_evicted_by_state_count_and_memory() -> None:
     joined.give_back()
     joined.forget(states[0])
     assert joined.get(states[:2])["time_ids"] is not kept
+
+
+def test_large_batches_are_not_kept_together() -> None:
+    states = [state(number, 2) for number in range(3)]
+    size = sum(tensor.nbytes for tensor in states[0].next_conditioning.values())
+    joined = JoinedConditioning(most_bytes=2 * size)
+    kept = [joined.get([each])["time_ids"] for each in states]
+    assert [joined.get([each])["time_ids"] is own for each, own in zip(states[1:], kept[1:], strict=True)] == [True, True]
+    assert joined.get(states[:1])["time_ids"] is not kept[0]
+    own = joined.get(states)["time_ids"]
+    assert joined.get(states)["time_ids"] is own, "the last one is kept, however large it is"

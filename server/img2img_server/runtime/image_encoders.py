@@ -20,7 +20,8 @@ _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageEncoder(Companion):
-    """An image encoder with this config.json, whose bundle has the SHA-256 `digest`. It reads squares of `side` pixels."""
+    """An image encoder with this config.json, whose bundle has the SHA-256 `digest`. It reads squares of `side` pixels,
+    and makes `tokens` hidden states of each."""
 
     what = "image encoder"
 
@@ -39,6 +40,7 @@ class ImageEncoder(Companion):
         self.native_size = (self.side, self.side)
         self.size_multiple = self.side
         self.widths = widths_of(config)
+        self.tokens = (self.side // int(config["patch_size"])) ** 2 + 1
         if PIXELS not in graph.input_types:
             raise BundleError(f"the image encoder's graph has no input {PIXELS}: export it again")
 

@@ -163,12 +163,14 @@ class DiffusionState:
 
 
 class JoinedConditioning:
-    """Caches the concatenated conditioning of batches while their states do not change. Keeps `most` batches."""
+    """Caches the concatenated conditioning of batches while their states do not change. Keeps the last batch, and up to `most`
+    that take up to `most_bytes` together."""
 
     owner: Hashable = None
 
-    def __init__(self, most: int = 4) -> None:
+    def __init__(self, most: int = 4, most_bytes: int = 2**29) -> None:
         self._most = most
+        self._most_bytes = most_bytes
         self._kept: dict[tuple[tuple[int, bool], ...], Conditioning] = {}
         KEEPERS.add(self)
 
@@ -178,11 +180,18 @@ class JoinedConditioning:
         key = tuple((state.number, state.has_two) for state in states)
         known = self._kept.get(key)
         if known is None:
-            if len(self._kept) >= self._most:
-                self._kept.pop(next(iter(self._kept), ()), None)
             rows = [(state.rows - state.images, state.images, state.prompts) for state in states]
-            known = self._kept[key] = _join([state.next_conditioning for state in states]) | joined(rows)
+            known = _join([state.next_conditioning for state in states]) | joined(rows)
+            self._make_room(_bytes_of(known))
+            self._kept[key] = known
         return dict(known)
+
+    def _make_room(self, size: int) -> None:
+        """Frees the oldest batches until one of so many bytes can be kept."""
+        while kept := list(self._kept.values()):  # another thread may free them
+            if len(kept) < self._most and size + sum(map(_bytes_of, kept)) <= self._most_bytes:
+                break
+            self._kept.pop(next(iter(self._kept), ()), None)
 
     def forget(self, state: DiffusionState) -> None:
         """Frees the batches that include `state`."""
@@ -193,6 +202,10 @@ class JoinedConditioning:
     def give_back(self) -> None:
         """Frees all batches. Called on any thread, such as one that runs out of memory while it loads a model."""
         self._kept.clear()
+
+
+def _bytes_of(batch: Conditioning) -> int:
+    return sum(tensor.nbytes for tensor in batch.values())
 
 
 def _join(parts: Sequence[Conditioning]) -> Conditioning:

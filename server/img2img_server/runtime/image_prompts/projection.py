@@ -32,6 +32,13 @@ class Projection:
         """The tokens [1, N, C] of an image, from its hidden states [1, T, H] or, for the plain kind, its embedding [1, P]."""
         return _KINDS[self.kind](self, given)
 
+    @property
+    def tokens(self) -> int | None:
+        """The number of tokens of an image; None for one of each hidden state."""
+        if self.kind == "plus":
+            return self.weights["latents"].shape[1]
+        return _PLAIN_TOKENS if self.kind == "plain" else None
+
     def get(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """A weight in fp32, on the device of `like`."""
         return send(self.weights[name], like.device, torch.float32)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from img2img_server.bundle.image_adapters import AdapterNeeds, ImageAdapterFiles, PromptKind
-from img2img_server.bundle.image_prompts import STATES, layer_widths
+from img2img_server.bundle.image_prompts import STATES, layer_widths, states_width
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import ImagePromptUse, Request
 from img2img_server.errors import InvalidField
@@ -25,6 +25,10 @@ from img2img_server.runtime.image_prompts.reading import AdapterWeights, read_ad
 from img2img_server.runtime.image_prompts.states import PromptStates, of_prompts
 from img2img_server.runtime.onnx.modules import OnnxDenoiser
 from img2img_server.support.model_fields import IMAGE_PROMPTS, ModelFields
+
+_MOST_NUMBERS = 2**26
+"""Maximum numbers in the keys and values of a request's image prompts, for each of its rows: 2688 tokens of Stable Diffusion 1.5,
+403 of SDXL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +50,34 @@ class ModelImagePrompts:
         self._denoiser = denoiser
         self._kind = PromptKind(layer_widths(denoiser.config), denoiser.config["cross_attention_dim"])
         self._store = AdapterStore(settings.files, settings.cache, self._read)
-        self._needs: dict[str, AdapterNeeds] = {}  # by digest: of those that were checked
+        self._known: dict[str, tuple[AdapterNeeds, int | None]] = {}  # by digest: needs and tokens of those that were checked
         self._own = object()  # marks this model's entries of the cache
 
     def check(self, request: Request) -> None:
         """Reads and checks the adapters of the request, unless they were checked before, and opens the control graph. Raises
         InvalidField."""
-        for index, use in enumerate(request.image_prompts):
-            if use.digest not in self._needs:
-                self._adapter(index, use)
-            needs = self._needs[use.digest]
-            if not needs.reads(self._companions.get(use.encoder, ImageEncoder).widths):
-                raise InvalidField(_field(index), f"image adapter '{use.adapter}' needs {needs}: '{use.encoder}' is another one")
-        if request.image_prompts and self._denoiser.control is not None:
-            self._denoiser.control.get()
+        counts = [len(use.images) * self._tokens(index, use) for index, use in enumerate(request.image_prompts)]
+        if not counts:
+            return
+        longest, most = max(counts), _MOST_NUMBERS // states_width(self._kind.layer_widths) // len(counts)
+        if longest > most:
+            raise InvalidField(
+                f"image_prompts[{counts.index(longest)}].images",
+                f"the adapter makes {longest} tokens of them, and this model takes {most} in each of {len(counts)} image "
+                "prompts: send fewer images",
+            )
+        assert self._denoiser.control is not None, "a model that takes image prompts has a control graph"
+        self._denoiser.control.get()
+
+    def _tokens(self, index: int, use: ImagePromptUse) -> int:
+        """The number of tokens of each image. Raises InvalidField if the adapter does not fit the model or its image encoder."""
+        encoder = self._companions.get(use.encoder, ImageEncoder)
+        if use.digest not in self._known:
+            self._adapter(index, use)
+        needs, tokens = self._known[use.digest]
+        if not needs.reads(encoder.widths):
+            raise InvalidField(_field(index), f"image adapter '{use.adapter}' needs {needs}: '{use.encoder}' is another one")
+        return encoder.tokens if tokens is None else tokens
 
     def of(self, request: Request, is_guided: bool, device: torch.device) -> PromptStates | None:
         """What the control graph takes of the request's image prompts, on the device; None if none has an effect. Raises
@@ -108,7 +126,7 @@ class ModelImagePrompts:
 
     def _adapter(self, index: int, use: ImagePromptUse) -> AdapterWeights:
         adapter = self._store.get(_field(index), use.adapter, use.digest)
-        self._needs[use.digest] = adapter.needs
+        self._known[use.digest] = adapter.needs, adapter.projection.tokens
         return adapter
 
     def _read(self, path: Path) -> AdapterWeights:
