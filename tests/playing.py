@@ -18,14 +18,16 @@ from typing import Any, Self
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from fakes import FakePipeline, FakeState
 from img2img_server.bundle.controls import FAMILY
-from img2img_server.config import LoraFolder
+from img2img_server.config import ImageAdapterFolder, LoraFolder
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.support.model_fields import CONTROLNETS as NAMES_CONTROLNETS
-from img2img_server.support.model_fields import GUIDED, OWN_CONTROL, FieldRule
+from img2img_server.support.model_fields import GUIDED, IMAGE_PROMPTS, OWN_CONTROL, FieldRule
 from img2img_server.support.source_rule import SourceRule
 from PIL import Image, ImageChops, ImageOps
 from playwright.async_api import Browser, BrowserContext, Locator, Page, async_playwright, expect
+from prompting import KIND as PROMPT_KIND
+from prompting import image_encoder, write_adapters
 from running import RunningServer, manifest, running
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -86,7 +88,7 @@ class InvertingPipeline(FakePipeline):
         self.before["denoise"] = gate.pass_one
         self.native_size = (256, 256)  # IMAGE's
         self.source_rule = SourceRule(mask="optional")
-        self.fields = {**GUIDED, "reference_images": FieldRule(), "loras": FieldRule(), **NAMES_CONTROLNETS}
+        self.fields = {**GUIDED, "reference_images": FieldRule(), "loras": FieldRule(), **NAMES_CONTROLNETS, **IMAGE_PROMPTS}
         self.let_go = threading.Semaphore(0)
 
     def finish(self, states: Sequence[FakeState]) -> Sequence[Sequence[Image.Image]]:
@@ -118,21 +120,22 @@ class Stand:
     def up(self) -> None:
         limits = QueueLimits(max_active=1, max_waiting=1, max_batch_size=1)
         self.pipeline = InvertingPipeline(self.gate)
-        folder = Path(self._ends.enter_context(tempfile.TemporaryDirectory()))
+        folder, adapters = (Path(self._ends.enter_context(tempfile.TemporaryDirectory())) for _ in range(2))
         for name in LORAS:
             (folder / f"{name}.safetensors").write_bytes(b"the fake pipeline does not read it")
+        image_adapters = ImageAdapterFolder(write_adapters(adapters))
         server: RunningServer = self._ends.enter_context(
-            running(self._models, limits=limits, port=self.port, loras=LoraFolder(folder))
+            running(self._models, limits=limits, port=self.port, loras=LoraFolder(folder), image_adapters=image_adapters)
         )
         self.port = server.port
 
     def _models(self) -> ModelRegistry:
         """One that runs, one that reads a control image by itself, one that is not in memory, one that cannot be loaded, two
-        ControlNets of the first, and one of another kind."""
+        ControlNets and the image encoder of the first, and a ControlNet of another kind."""
         own = FakePipeline()
         own.fields = {**GUIDED, **OWN_CONTROL}
         there = [
-            Model("m", manifest("acme/m"), self.pipeline, control_kind=_KIND),
+            Model("m", manifest("acme/m"), self.pipeline, control_kind=_KIND, prompt_kind=PROMPT_KIND),
             Model("asleep", manifest("acme/asleep")),
             Model("sees-depth", manifest("acme/sees-depth"), own),
         ]
@@ -142,7 +145,7 @@ class Stand:
             Model(name, replace(manifest(f"acme/{name}"), family=FAMILY), FakePipeline(), control_kind=kind)
             for name, kind in kinds.items()
         ]
-        return ModelRegistry([*there, broken, *nets], default="m")
+        return ModelRegistry([*there, broken, *nets, image_encoder()], default="m")
 
     def down(self) -> None:
         self.gate.open()

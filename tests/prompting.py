@@ -16,11 +16,14 @@ ADAPTERS = ("plain", "style")
 SIDE = 16
 """The side of the squares that the image encoder reads."""
 
+KIND = PromptKind(WIDTHS, TEXT)
+"""What ADAPTERS fit."""
+
 
 def model(name: str, pipeline: FakePipeline) -> Model:
     """A model that ADAPTERS fit. Its pipeline takes image prompts from now on."""
     pipeline.fields = {**pipeline.fields, **IMAGE_PROMPTS}
-    return Model(name, manifest(f"acme/{name}"), pipeline, prompt_kind=PromptKind(WIDTHS, TEXT))
+    return Model(name, manifest(f"acme/{name}"), pipeline, prompt_kind=KIND)
 
 
 def image_encoder(name: str = "vit") -> Model:

@@ -96,16 +96,6 @@ def _add_image_routes(app: FastAPI, sessions: Sessions) -> None:
         session = find(key)
         await session.upload(await _body(request), _file_name(request))
 
-    @app.put("/tabs/{key}/references", status_code=204)
-    async def add_reference(key: str, request: Request) -> None:
-        session = find(key)
-        session.add_reference(await _body(request), _file_name(request))
-
-    @app.put("/tabs/{key}/controls", status_code=204)
-    async def add_control(key: str, request: Request) -> None:
-        session = find(key)
-        session.add_control(await _body(request), _file_name(request))
-
     @app.put("/tabs/{key}/mask")
     async def set_mask(key: str, request: Request) -> Response:
         session = find(key)
@@ -124,6 +114,27 @@ def _add_image_routes(app: FastAPI, sessions: Sessions) -> None:
         if image is None:
             raise HTTPException(404)
         return Response(image.data, media_type=image.media_type, headers={"cache-control": "private, max-age=86400"})
+
+    _add_list_routes(app, find)
+
+
+def _add_list_routes(app: FastAPI, find: Callable[[str], Session]) -> None:
+    """Adds the routes of images of which a request has several."""
+
+    @app.put("/tabs/{key}/references", status_code=204)
+    async def add_reference(key: str, request: Request) -> None:
+        session = find(key)
+        session.add_reference(await _body(request), _file_name(request))
+
+    @app.put("/tabs/{key}/controls", status_code=204)
+    async def add_control(key: str, request: Request) -> None:
+        session = find(key)
+        session.add_control(await _body(request), _file_name(request))
+
+    @app.put("/tabs/{key}/prompts/{prompt_id}", status_code=204)
+    async def add_prompt_image(key: str, prompt_id: str, request: Request) -> None:
+        session = find(key)
+        session.add_prompt_image(await _body(request), _file_name(request), prompt_id)
 
 
 async def _body(request: Request) -> bytes:

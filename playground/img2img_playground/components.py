@@ -46,9 +46,12 @@ class ImageStage(Element, component="image_stage.js"):
 
 class ImagePicker(Element, component="image_picker.js"):
     """Accepts an image and PUTs it to `url`. Calls `refused` with the file's name and size in bytes if it is too large, or with
-    size -1 if the upload fails. `label` is that of its button; `everywhere`: it also takes what is dropped and pasted."""
+    size -1 if the upload fails. `label` is that of its button; `everywhere`: it also takes what is dropped and pasted;
+    `multiple`: it takes several images at once, and PUTs one after the other."""
 
-    def __init__(self, url: str, refused: Callable[[str, int], None], label: str, *, everywhere: bool) -> None:
+    def __init__(
+        self, url: str, refused: Callable[[str, int], None], label: str, *, everywhere: bool, multiple: bool = False
+    ) -> None:
         super().__init__()
         self.props.update(
             {
@@ -58,6 +61,7 @@ class ImagePicker(Element, component="image_picker.js"):
                 "compact": not everywhere,
                 "label": label,
                 "everywhere": everywhere,
+                "multiple": multiple,
                 "hint": f"or paste an image, or choose a file. {', '.join(FORMATS)}, up to {MAX_BYTES // 2**20} MiB.",
             }
         )
@@ -66,6 +70,11 @@ class ImagePicker(Element, component="image_picker.js"):
             refused(str(event.args["name"]), int(event.args["size"]))
 
         self.on("refused", on_refused)
+
+    def send_to(self, url: str) -> None:
+        """PUTs images to another address from now on."""
+        self.props["url"] = url
+        self.update()
 
     def show(self, *, compact: bool) -> None:
         """Shows a button if `compact` (there is an image), else a large drop area."""

@@ -1,6 +1,5 @@
 """The control images: for each, its ControlNet, its scale and its part of the steps; and a picker, for models that take them."""
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,12 +7,10 @@ from nicegui import ui
 
 from img2img_playground.components import ImagePicker
 from img2img_playground.extras import ControlImage, control_numbers, most_controls, names_controlnets
-from img2img_playground.failures import Failure
 from img2img_playground.images import ImageFile
 from img2img_playground.number_control import NumberControl
 from img2img_playground.session import Session
-
-_AT = re.compile(r"controls\[(\d+)\]")
+from img2img_playground.thumbnail import thumbnail
 
 
 class ControlList:
@@ -57,7 +54,7 @@ class ControlList:
             self._list.clear()
             with self._list:
                 self._rows = [self._row(control) for control in controls]
-        wrong = _index(session.failure)
+        wrong = None if session.failure is None else session.failure.index("controls")
         for index, (row, control) in enumerate(zip(self._rows, controls, strict=True)):
             row.show(control, is_wrong=wrong in (index, -1))
 
@@ -85,10 +82,7 @@ class _ControlRow:
         group.props["aria-label"] = f"Control image {image.name}"
         with group:
             with ui.element("div").classes("control-head"):
-                with ui.element("div").classes("reference"):
-                    ui.element("img").props.update({"src": address(image.id), "alt": image.name})
-                    button = ui.button(icon="close", on_click=lambda: remove(image)).props("flat round dense")
-                    button.props["aria-label"] = f"Remove {image.name}"
+                thumbnail(image, address, remove)
                 known = [*(offered or ()), *((control.model,) if control.model not in (offered or ()) else ())]
                 self.model = ui.select(known, label="ControlNet", value=control.model, on_change=self._choose)
                 self.model.set_visibility(offered is not None)
@@ -131,11 +125,3 @@ class _ControlRow:
     def _set(self, **values: object) -> None:
         self.control = replace(self.control, **values)  # type: ignore[arg-type]
         self._report(self.control)
-
-
-def _index(failure: Failure | None) -> int | None:
-    """The index of the control that a failure is about, -1 for all of them, None for none."""
-    if failure is None or failure.field != "controls":
-        return None
-    found = _AT.search(failure.text)
-    return -1 if found is None else int(found[1])

@@ -1,4 +1,4 @@
-"""The images of a request beside its source: a mask, references, and control images."""
+"""The images of a request beside its source: a mask, references, control images, and image prompts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from img2img_client import Control
 
+from img2img_playground.image_prompts import PromptImages, most_prompts
 from img2img_playground.images import ImageFile
 
 if TYPE_CHECKING:
@@ -42,17 +43,19 @@ class ControlImage:
 @dataclass(frozen=True, slots=True)
 class Extras:
     """`mask` says what to redraw: white is redrawn, black is kept. `references` are images to edit by, `controls` images that the
-    result follows."""
+    result follows, `prompts` images whose content and style it takes over."""
 
     mask: ImageFile | None = None
     references: tuple[ImageFile, ...] = ()
     controls: tuple[ControlImage, ...] = ()
+    prompts: tuple[PromptImages, ...] = ()
 
     @property
     def images(self) -> tuple[ImageFile, ...]:
         """All of them."""
         masks = () if self.mask is None else (self.mask,)
-        return (*masks, *self.references, *(control.image for control in self.controls))
+        prompts = (image for prompt in self.prompts for image in prompt.images)
+        return (*masks, *self.references, *(control.image for control in self.controls), *prompts)
 
     def fitted(self, model: "ModelInfo | None", offered: Sequence[str] = ()) -> Self:
         """Without the images that the model does not take, which the server would refuse. `offered` are the ControlNets that fit
@@ -64,6 +67,7 @@ class Extras:
             mask=mask,
             references=self.references[: most_references(model, mask is not None)],
             controls=tuple(one for one in controls if one is not None),
+            prompts=self.prompts[: most_prompts(model)],
         )
 
     @property
@@ -80,6 +84,8 @@ class Extras:
             options["reference_images"] = [image.data for image in self.references]
         if self.controls:
             options["controls"] = [one.control(one.image.data) for one in self.controls]
+        if self.prompts:
+            options["image_prompts"] = [one.prompt([image.data for image in one.images]) for one in self.prompts]
         return options
 
     def names(self) -> dict[str, object]:
@@ -91,6 +97,8 @@ class Extras:
             names["reference_images"] = [image.name for image in self.references]
         if self.controls:
             names["controls"] = [one.control(one.image.name) for one in self.controls]
+        if self.prompts:
+            names["image_prompts"] = [one.prompt([image.name for image in one.images]) for one in self.prompts]
         return names
 
 

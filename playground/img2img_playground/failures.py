@@ -27,6 +27,13 @@ class Failure:
     may_pass: bool = False
     disconnected: bool = False
 
+    def index(self, field: str) -> int | None:
+        """The index of the element of the list `field` that it is about, -1 for the whole list, None for neither."""
+        if self.field != field:
+            return None
+        found = re.search(rf"{field}\[(\d+)\]", self.text)
+        return -1 if found is None else int(found[1])
+
 
 def explain(error: Img2ImgError, target: str) -> Failure:
     """The message for a call's error."""

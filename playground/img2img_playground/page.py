@@ -10,6 +10,7 @@ from img2img_playground.failures import Failure
 from img2img_playground.gallery import Gallery
 from img2img_playground.images import MAX_BYTES, ImageFile
 from img2img_playground.preset_bar import PresetBar
+from img2img_playground.prompt_list import PromptActions, PromptList
 from img2img_playground.reference_list import ReferenceList
 from img2img_playground.run_bar import RunBar
 from img2img_playground.session import Session
@@ -52,6 +53,16 @@ class Page:
                             session.remove_control,
                             watch.refresh,
                         )
+                        self._image_prompts = PromptList(
+                            PromptActions(
+                                f"{tab}/prompts",
+                                self._address,
+                                self._refused,
+                                session.change_prompt,
+                                session.remove_prompt_image,
+                                watch.refresh,
+                            )
+                        )
                         self._code_button = ui.button("Python for these settings", icon="code", on_click=self._show_settings_code)
                         self._code_button.props("flat dense no-caps").classes("code-button")
                     self._bar = RunBar(session.start, session.cancel)
@@ -80,6 +91,7 @@ class Page:
         self._stage.show(session)
         self._references.show(session)
         self._control_images.show(session)
+        self._image_prompts.show(session)
         self._controls.show(session.settings, state, session.failure, session.fitted_extras.given)
         self._bar.show(session.run, ready=session.source is not None)
         self._gallery.show(session.history, session.shown)

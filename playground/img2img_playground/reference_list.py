@@ -7,6 +7,7 @@ from nicegui import ui
 from img2img_playground.components import ImagePicker
 from img2img_playground.images import ImageFile
 from img2img_playground.session import Session
+from img2img_playground.thumbnail import thumbnail
 
 
 class ReferenceList:
@@ -37,11 +38,4 @@ class ReferenceList:
             self._row.clear()
             with self._row:
                 for image in images:
-                    self._add(image)
-
-    def _add(self, image: ImageFile) -> None:
-        with ui.element("div").classes("reference"):
-            element = ui.element("img")
-            element.props.update({"src": self._address(image.id), "alt": image.name})
-            button = ui.button(icon="close", on_click=lambda: self._remove(image)).props("flat round dense")
-            button.props["aria-label"] = f"Remove {image.name}"
+                    thumbnail(image, self._address, self._remove)

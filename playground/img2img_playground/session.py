@@ -13,6 +13,7 @@ from img2img_client.values import Completed, Progress, Queued, Started, Transfor
 from img2img_playground.extras import NO_EXTRAS, ControlImage, Extras, most_controls, most_references, names_controlnets
 from img2img_playground.failures import Failure, explain
 from img2img_playground.history import Entry, History
+from img2img_playground.image_prompts import PromptImages, most_prompt_images, most_prompts
 from img2img_playground.images import ImageFile, UnusableImage, read_image, read_settings, reduce
 from img2img_playground.settings import Settings
 
@@ -169,6 +170,45 @@ class Session:
         """Removes the control of an image."""
         self.extras = replace(self.extras, controls=tuple(one for one in self.extras.controls if one.image is not image))
         self._mend("controls")
+
+    def add_prompt_image(self, data: bytes, name: str, prompt_id: str) -> None:
+        """Adds a file to the image prompt with this id, or to a new one, for the adapter of the last one or the first that fits;
+        shows a failure if it cannot be used."""
+        try:
+            image = read_image(data, name)
+        except UnusableImage as error:
+            self.fail(Failure("The image cannot be used as an image prompt.", str(error), "image_prompts"))
+            return
+        prompts, most = self.extras.prompts, most_prompt_images(self.model)
+        found = next((one for one in prompts if one.id == prompt_id), None)
+        if found is not None and len(found.images) >= most:
+            self.fail(Failure(f"{image.name} was not added.", f"An image prompt has at most {most} images.", "image_prompts"))
+            return
+        if found is not None:
+            self._set_prompt(replace(found, images=(*found.images, image)))
+        elif self.model is not None and self.model.image_adapters and len(prompts) < most_prompts(self.model):
+            adapters = self.model.image_adapters
+            last = prompts[-1].adapter if prompts else ""
+            new = PromptImages(prompt_id, last if last in adapters else adapters[0], (image,))
+            self.extras = replace(self.extras, prompts=(*prompts, new))
+        self._mend("image_prompts")
+
+    def change_prompt(self, prompt: PromptImages) -> None:
+        """Replaces the image prompt with the same id. Listeners are called only to remove a failure, since the change comes from
+        the page."""
+        self._set_prompt(prompt)
+        if self.failure is not None and self.failure.field == "image_prompts":
+            self._mend("image_prompts")
+
+    def remove_prompt_image(self, image: ImageFile) -> None:
+        """Removes an image from its image prompt, and the prompt with its last image."""
+        kept = (replace(one, images=tuple(has for has in one.images if has is not image)) for one in self.extras.prompts)
+        self.extras = replace(self.extras, prompts=tuple(one for one in kept if one.images))
+        self._mend("image_prompts")
+
+    def _set_prompt(self, prompt: PromptImages) -> None:
+        prompts = tuple(prompt if one.id == prompt.id else one for one in self.extras.prompts)
+        self.extras = replace(self.extras, prompts=prompts)
 
     def _mend(self, field: str) -> None:
         if self.failure is not None and self.failure.field == field:

@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from img2img_client import Control
+from img2img_client import Control, ImagePrompt
 
 from img2img_playground.settings import Settings
+
+_CLASSES = {"controls": Control.__name__, "image_prompts": ImagePrompt.__name__}
+"""Classes of the client, by the options whose values they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,8 @@ def python_code(
     `files` are options that name files.
     """
     options = {**settings.options(), **(files or {})}
-    imports = [f"from img2img_client import Client{', Control' if 'controls' in options else ''}"]
+    names = ["Client", *(name for option, name in _CLASSES.items() if option in options)]
+    imports = [f"from img2img_client import {', '.join(names)}"]
     arguments = [literal(connection.target)]
     if connection.token_file is not None:
         imports.insert(0, "from pathlib import Path\n")
@@ -83,6 +87,8 @@ def literal(value: object) -> str:
         numbers = {"scale": value.scale, "start": value.start, "end": value.end}
         named = ", ".join(f"{name}={number!r}" for name, number in numbers.items())
         return f"Control({literal(value.model)}, {literal(value.image)}, {named})"
+    if isinstance(value, ImagePrompt):
+        return f"ImagePrompt({literal(value.adapter)}, {literal(list(value.images))}, scale={value.scale!r})"
     if isinstance(value, list):
         return f"[{', '.join(literal(item) for item in value)}]"
     if isinstance(value, dict):

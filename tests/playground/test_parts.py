@@ -33,6 +33,7 @@ from img2img_playground.command import configure, connection_of, run
 from img2img_playground.extras import ControlImage, Extras, most_controls, offered_controlnets
 from img2img_playground.failures import Failure, explain
 from img2img_playground.history import Entry, History
+from img2img_playground.image_prompts import PromptImages
 from img2img_playground.images import MAX_PIXELS, ImageFile, UnusableImage, read_image, reduce
 from img2img_playground.presets import BUILT_IN, Presets
 from img2img_playground.run_bar import describe
@@ -687,6 +688,84 @@ def test_a_control_image_is_added_for_the_first_controlnet_that_fits_or_for_the_
         for _ in range(2):
             session.add_control(IMAGE.read_bytes(), "edges.png")
         assert [control.model for control in session.extras.controls] == [name] * min(2, most_controls(model))
+
+
+_PROMPTED = replace(
+    _info("prompted", FieldInfo("image_prompts", max_count=2), FieldInfo("image_prompts.images", max_count=3)),
+    image_adapters=("plain", "style"),
+)
+
+
+def test_image_prompts_are_sent_as_the_model_takes_them() -> None:
+    one, two = (ImageFile(name, "image/png", 1, 1, name.encode()) for name in ("one.png", "two.png"))
+    prompts = (
+        PromptImages("a", "style", (one, two), 0.5),
+        PromptImages("b", "plain", (two,)),
+        PromptImages("c", "plain", (one,)),
+    )
+    session = _new_session()
+    session.extras = Extras(prompts=prompts)
+    for model, sent in ((_PROMPTED, prompts[:2]), (_USUAL, ()), (None, ())):
+        session.model = model
+        assert session.fitted()[1].prompts == sent
+    extras = Extras(prompts=prompts[:2])
+    request = build_request(b"file", extras.options())
+    found = [(prompt.adapter, [image.data for image in prompt.images], prompt.scale) for prompt in request.image_prompts]
+    assert found == [("style", [b"one.png", b"two.png"], 0.5), ("plain", [b"two.png"], 1.0)]
+    code = python_code(Connection("host:1"), "a.png", Settings(), "b.png", extras.names())
+    assert "import Client, ImagePrompt\n" in code
+    assert (
+        'image_prompts=[ImagePrompt("style", ["one.png", "two.png"], scale=0.5), ImagePrompt("plain", ["two.png"], scale=1.0)]'
+        in code
+    )
+    both = Extras(controls=(ControlImage(one, "canny"),), prompts=prompts[:1])
+    assert "import Client, Control, ImagePrompt\n" in python_code(
+        Connection("host:1"), "a.png", Settings(), "b.png", both.names()
+    )
+    assert session.image(two.id) is two, "the page can show it"
+
+
+def test_images_are_added_to_the_image_prompt_with_their_id_and_leave_with_it() -> None:
+    session = _new_session()
+    session.model = replace(_PROMPTED, image_adapters=())
+    session.add_prompt_image(IMAGE.read_bytes(), "a.png", "first")
+    assert list(session.extras.prompts) == [], "no adapter fits"
+    session.model = _PROMPTED
+    for prompt_id, name in (("first", "a.png"), ("first", "b.png"), ("second", "c.png"), ("third", "d.png")):
+        session.add_prompt_image(IMAGE.read_bytes(), name, prompt_id)
+        if prompt_id == "first":
+            session.change_prompt(replace(session.extras.prompts[0], adapter="style"))
+    prompts = session.extras.prompts
+    names = [(prompt.id, prompt.adapter, [image.name for image in prompt.images]) for prompt in prompts]
+    assert names == [("first", "style", ["a.png", "b.png"]), ("second", "style", ["c.png"])], "the model takes two"
+    session.add_prompt_image(b"text", "text.png", "first")
+    assert session.failure is not None
+    assert (session.failure.title, session.failure.index("image_prompts")) == (
+        "The image cannot be used as an image prompt.",
+        -1,
+    )
+    for name in ("e.png", "f.png"):
+        session.add_prompt_image(IMAGE.read_bytes(), name, "first")
+    assert session.failure is not None
+    assert (session.failure.title, session.failure.text) == ("f.png was not added.", "An image prompt has at most 3 images.")
+    session.remove_prompt_image(session.extras.prompts[1].images[0])
+    assert session.failure is None
+    session.model = replace(_PROMPTED, image_adapters=("other",))
+    session.add_prompt_image(IMAGE.read_bytes(), "g.png", "fourth")
+    assert [(prompt.id, prompt.adapter) for prompt in session.extras.prompts] == [("first", "style"), ("fourth", "other")]
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "index"),
+    [
+        ("controls[1].scale: no", "controls", 1),
+        ("controls: no", "controls", -1),
+        ("image_prompts[12].images[3].data: no", "image_prompts", 12),
+    ],
+)
+def test_a_failure_names_the_element_of_a_list(text: str, field: str, index: int) -> None:
+    failure = Failure("Refused.", text, field)
+    assert (failure.index(field), failure.index("prompt")) == (index, None)
 
 
 def test_untouched_settings_follow_the_models_defaults() -> None:

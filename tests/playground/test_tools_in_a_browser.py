@@ -11,7 +11,8 @@ import pytest
 from covering import nightly_but
 from PIL import Image, ImageChops
 from playing import CONTROLNETS, IMAGE, LORAS, Stand, Visitor
-from playwright.async_api import Route, expect
+from playwright.async_api import Locator, Route, expect
+from prompting import ADAPTERS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -433,25 +434,83 @@ async def test_control_images_have_a_controlnet_and_numbers_and_are_kept_with_th
     await expect(page.locator(".code-words")).to_contain_text(words)
 
 
-async def test_a_control_image_is_dropped_on_its_button(visitor: Visitor) -> None:
-    """And does not become the source, which is what is dropped elsewhere."""
-    await visitor.see("Server's default (m)")
-    await visitor.choose()
-    picker = visitor.page.locator(".control-images .picker")
+async def _drop(picker: Locator, *names: str) -> None:
+    """Drops files with these names on a picker's button."""
     await picker.evaluate(
-        """(picker, bytes) => {
+        """(picker, [bytes, names]) => {
             const transfer = new DataTransfer();
-            transfer.items.add(new File([new Uint8Array(bytes)], "edges.png", { type: "image/png" }));
+            for (const name of names) transfer.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
             for (const kind of ["dragover", "drop"])
                 picker.dispatchEvent(new DragEvent(kind, { dataTransfer: transfer, bubbles: true, cancelable: true }));
         }""",
-        list(IMAGE.read_bytes()),
+        [list(IMAGE.read_bytes()), names],
     )
+
+
+async def test_a_control_image_is_dropped_on_its_button(visitor: Visitor) -> None:
+    """And does not become the source, which is what is dropped elsewhere. Of several files one is taken."""
+    await visitor.see("Server's default (m)")
+    await visitor.choose()
+    await _drop(visitor.page.locator(".control-images .picker"), "edges.png", "more.png")
     await expect(visitor.page.get_by_role("group", name="Control image edges.png")).to_have_count(1)
     await expect(visitor.page.locator(".picker-veil")).to_have_count(0)
     await expect(visitor.page.locator(".stage-name")).to_contain_text("noon-lake.png")
     await _choose_option(visitor, "Model", "asleep · not loaded")
     await expect(visitor.page.locator(".control-images")).to_be_hidden()
+
+
+async def test_image_prompts_have_an_adapter_images_and_a_scale_and_are_kept_with_the_result(
+    visitor: Visitor, stand: Stand
+) -> None:
+    await visitor.see("Server's default (m)")
+    await visitor.choose()
+    page, rows = visitor.page, visitor.page.locator(".image-prompts .control-row")
+    first, second = rows.nth(0), rows.nth(1)
+    picker = page.locator(".image-prompts > .picker")
+    await _drop(picker, "moss.png", "rust.png")
+    await expect(first.locator("img")).to_have_count(2)
+    await expect(rows).to_have_count(1)
+    await expect(page.locator(".stage-name")).to_contain_text("noon-lake.png")
+    await picker.locator("input[type=file]").set_input_files(IMAGE)
+    await expect(rows).to_have_count(2)
+    await first.locator("input[type=file]").set_input_files([IMAGE, IMAGE])
+    await expect(first.locator("img")).to_have_count(4)
+    await first.get_by_role("button", name="Remove rust.png").press("Enter")
+    await expect(first.locator("img")).to_have_count(3)
+    await second.get_by_role("combobox", name="Image adapter").focus()
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("option")).to_have_text(list(ADAPTERS))
+    await page.keyboard.press("ArrowDown")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("option")).to_have_count(0)
+    await first.get_by_role("slider", name="Scale").locator("[tabindex]").press("ArrowRight")
+    await expect(first.get_by_role("spinbutton", name="Scale")).to_have_value("1.05")
+    scale = second.get_by_role("spinbutton", name="Scale")
+    await scale.fill("0.5")
+    stand.pipeline.forget()
+    await visitor.transform()
+    (state,) = stand.pipeline.released
+    found = [(use.adapter, use.scale, len(use.images)) for use in state.request.image_prompts]
+    assert found == [(ADAPTERS[0], 1.05, 3), (ADAPTERS[1], 0.5, 1)]
+    await scale.fill("11")
+    await visitor.button("Transform").click()
+    await visitor.see("image_prompts[1].scale: 11 is not in -10 to 10")
+    await expect(first.locator(".q-field--error")).to_have_count(0)
+    await expect(second.locator(".q-field--error")).not_to_have_count(0)
+    await scale.fill("1")
+    await expect(visitor.banner).to_be_hidden()
+    await second.get_by_role("button", name="Remove noon-lake.png").click()
+    await expect(rows).to_have_count(1)
+    await page.locator(".history-entry").click()
+    await expect(rows).to_have_count(2)
+    await expect(scale).to_have_value("0.5")
+    await expect(second.get_by_role("combobox", name="Image adapter")).to_have_value(ADAPTERS[1])
+    await visitor.button("Python program").click()
+    words = f'ImagePrompt("{ADAPTERS[1]}", ["noon-lake.png"], scale=0.5)]'
+    await expect(page.locator(".code-words")).to_contain_text(words)
+    await visitor.button("Close").click()
+    await _choose_option(visitor, "Model", "asleep · not loaded")
+    await expect(page.locator(".image-prompts")).to_be_hidden()
 
 
 async def test_a_model_that_reads_a_control_image_asks_for_one(visitor: Visitor, stand: Stand) -> None:
@@ -499,6 +558,8 @@ async def test_every_width_is_accessible(
     await visitor.choose()
     await visitor.page.locator(".control-images input[type=file]").set_input_files(IMAGE)
     await expect(visitor.page.locator(".control-row")).to_have_count(1)
+    await visitor.page.locator(".image-prompts input[type=file]").set_input_files([IMAGE] * 8)
+    await expect(visitor.page.locator(".image-prompts img")).to_have_count(8)
     prompt = visitor.page.get_by_label("Prompt", exact=True)
     await prompt.fill("a long prompt " * 100)
     box = await prompt.bounding_box()
