@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from img2img_client import Client, Completed, Progress, taken_options
+from img2img_client import Client, Completed, ImagePrompt, Progress, taken_options
 from PIL import Image
 
 MAX_SEED = 2**63 - 1
@@ -44,6 +44,9 @@ class Img2ImgServerTransform:
             "optional": {
                 "model": ("STRING", {"default": "", "tooltip": "the model's id on the server; empty for its default"}),
                 "scheduler": ("STRING", {"default": "", "tooltip": "such as DPM++ 2M Karras; empty for the model's own"}),
+                "image_prompt": ("IMAGE",),
+                "image_adapter": ("STRING", {"default": "", "tooltip": "the server's IP-Adapter that reads image_prompt"}),
+                "image_prompt_scale": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}),
             },
         }
 
@@ -64,6 +67,9 @@ class Img2ImgServerTransform:
         target: str,
         model: str = "",
         scheduler: str = "",
+        image_prompt: torch.Tensor | None = None,
+        image_adapter: str = "",
+        image_prompt_scale: float = 1.0,
     ) -> tuple[torch.Tensor]:
         """images x height x width x 3 in 0..1, and the same out. Errors are img2img_client's, such as InvalidRequest."""
         options: dict[str, Any] = {
@@ -75,10 +81,13 @@ class Img2ImgServerTransform:
             "model": model or None,
             "scheduler": scheduler or None,
         }
-        sources = [Image.fromarray(np.rint(np.clip(one, 0, 1) * 255).astype(np.uint8)) for one in image[..., :3].cpu().numpy()]
+        sources = _images(image)
         token = os.environ.get("IMG2IMG_TOKEN")
         with Client(target, token=token) as client, ThreadPoolExecutor(len(sources)) as threads:
             options = dict(taken_options(options, client.models()))  # models that edit have no strength
+            if image_prompt is not None or image_adapter:
+                references = [] if image_prompt is None else _images(image_prompt)
+                options["image_prompts"] = [ImagePrompt(image_adapter, references, image_prompt_scale)]
             step_done, interrupt = _hooks(len(sources) * max(1, int(steps * options.get("strength", 1.0))))
 
             def run(index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -94,6 +103,10 @@ class Img2ImgServerTransform:
                 raise AssertionError("a stream ends with Completed or an error")
 
             return (torch.from_numpy(np.stack(list(threads.map(run, range(len(sources)))))),)
+
+
+def _images(batch: torch.Tensor) -> list[Image.Image]:
+    return [Image.fromarray(np.rint(np.clip(one, 0, 1) * 255).astype(np.uint8)) for one in batch[..., :3].cpu().numpy()]
 
 
 def _hooks(steps: int) -> tuple[Callable[[], object], Callable[[], object]]:

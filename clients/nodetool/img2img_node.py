@@ -3,7 +3,7 @@
 import os
 from typing import ClassVar
 
-from img2img_client import AsyncClient, Completed, Progress, TransformOptions, taken_options
+from img2img_client import AsyncClient, Completed, ImagePrompt, Progress, TransformOptions, taken_options
 from nodetool.metadata.types import ImageRef
 from nodetool.workflows.base_node import BaseNode
 from nodetool.workflows.processing_context import ProcessingContext
@@ -33,6 +33,9 @@ class Img2ImgServerTransform(BaseNode):
     seed: int = Field(default=-1, ge=-1, description="Seed of the image; -1 draws one")
     scheduler: str = Field(default="", description="Scheduler, such as DPM++ 2M Karras; empty for the model's own")
     model: str = Field(default="", description="Id of the model on the server; empty for the server's default")
+    image_prompt: ImageRef = Field(default=ImageRef(), description="Image whose content and style the result takes over")
+    image_adapter: str = Field(default="", description="IP-Adapter of the server that reads image_prompt; empty for none")
+    image_prompt_scale: float = Field(default=1.0, ge=-10.0, le=10.0, description="Factor of the image prompt's effect")
     target: str = Field(default="localhost:50051", description="The server: host:port, or https://host:port for TLS")
 
     async def process(self, context: ProcessingContext) -> ImageRef:
@@ -51,6 +54,9 @@ class Img2ImgServerTransform(BaseNode):
         }
         async with AsyncClient(self.target, token=token) as client:
             options = taken_options(asked, await client.models())  # models that edit have no strength
+            if self.image_adapter:
+                data = await context.asset_to_bytes(self.image_prompt)
+                options["image_prompts"] = [ImagePrompt(self.image_adapter, [data], self.image_prompt_scale)]
             async with client.transform_stream(source, **options) as events:
                 async for event in events:
                     if isinstance(event, Progress):

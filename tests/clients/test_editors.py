@@ -15,14 +15,18 @@ import torch
 from fake_image_service import image_bytes
 from fakes import FakePipeline
 from img2img_client import InvalidRequest
-from img2img_server.config import DEFAULT_GUIDANCE, DEFAULT_PROMPT, DEFAULT_STEPS, DEFAULT_STRENGTH
+from img2img_server.config import DEFAULT_GUIDANCE, DEFAULT_PROMPT, DEFAULT_STEPS, DEFAULT_STRENGTH, ImageAdapterFolder
+from img2img_server.models.registry import ModelRegistry
 from PIL import Image
+from prompting import image_encoder, model, write_adapters
 from running import running, store
 
 CLIENTS = Path(__file__).parents[2] / "clients"
 DEFAULTS = {
     "prompt": DEFAULT_PROMPT, "negative_prompt": "", "strength": DEFAULT_STRENGTH, "guidance_scale": DEFAULT_GUIDANCE, "seed": -1
 }  # fmt: skip
+
+NO_PROMPT = {"image_adapter": "", "image_prompt_scale": 1.0}
 
 
 @pytest.fixture
@@ -33,6 +37,17 @@ def pipeline() -> FakePipeline:
 @pytest.fixture
 def target(pipeline: FakePipeline) -> Iterator[str]:
     with running(lambda: store(m=pipeline)) as server:
+        yield f"127.0.0.1:{server.port}"
+
+
+@pytest.fixture
+def prompted(pipeline: FakePipeline, tmp_path: Path) -> Iterator[str]:
+    """A server whose model takes image prompts."""
+
+    def models() -> ModelRegistry:
+        return ModelRegistry([model("m", pipeline), image_encoder()], default="m")
+
+    with running(models, image_adapters=ImageAdapterFolder(write_adapters(tmp_path))) as server:
         yield f"127.0.0.1:{server.port}"
 
 
@@ -57,7 +72,7 @@ def comfy_fields(node: Any, **values: object) -> dict[str, Any]:
 
 def test_comfyui_fields_have_the_servers_defaults(comfy: Any) -> None:
     fields = comfy_fields(comfy)
-    assert fields == {**DEFAULTS, "steps": DEFAULT_STEPS, "target": "localhost:50051", "model": "", "scheduler": ""}
+    assert fields == {**DEFAULTS, "steps": DEFAULT_STEPS, "target": "localhost:50051", "model": "", "scheduler": "", **NO_PROMPT}
 
 
 def test_comfyui_batch_is_transformed_in_order(comfy: Any, target: str, pipeline: FakePipeline) -> None:
@@ -81,6 +96,21 @@ def test_nodes_omit_unsupported_fields(comfy: Any, target: str, pipeline: FakePi
     comfy().transform(**fields)
     state = pipeline.prepared[-1]
     assert (state.step_count, state.request.negative_prompt, state.request.guidance_scale) == (5, None, 1.0)
+
+
+def test_comfyui_image_prompts_are_sent(comfy: Any, prompted: str, pipeline: FakePipeline) -> None:
+    images = torch.stack([torch.full((16, 24, 3), level) for level in (0.0, 1.0)])
+    fields = comfy_fields(comfy, image=torch.zeros(1, 16, 24, 3), target=prompted)
+    comfy().transform(**{**fields, "image_prompt": images, "image_adapter": "style", "image_prompt_scale": 0.5})
+    (use,) = pipeline.prepared[-1].request.image_prompts
+    assert (use.adapter, use.scale) == ("style", 0.5)
+    assert [image.getpixel((0, 0)) for image in use.images] == [(0, 0, 0), (255, 255, 255)]
+    for wrong, words in (
+        ({"image_prompt": images}, "no image adapter is named"),
+        ({"image_adapter": "style"}, "there is no image"),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            comfy().transform(**{**fields, **wrong})
 
 
 def test_comfyui_progress_and_cancel(comfy: Any, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,3 +202,10 @@ def test_nodetool_image_is_transformed(nodetool: Any, target: str, pipeline: Fak
         assert image.size == (24, 16)
     assert [(message.node_id, message.progress, message.total) for message in context.messages] == [("n1", 1, 2), ("n1", 2, 2)]
     assert pipeline.prepared[0].request.seeds == (3,)
+
+
+def test_nodetool_image_prompts_are_sent(nodetool: Any, prompted: str, pipeline: FakePipeline) -> None:
+    node = nodetool(target=prompted, image_adapter="style", image_prompt_scale=0.5)
+    asyncio.run(node.process(Context()))
+    (use,) = pipeline.prepared[0].request.image_prompts
+    assert (use.adapter, use.scale, [image.getpixel((0, 0)) for image in use.images]) == ("style", 0.5, [(0, 128, 0)])

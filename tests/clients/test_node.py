@@ -6,10 +6,12 @@ from pathlib import Path
 
 from fakes import FakePipeline
 from img2img_server.bundle.controls import FAMILY
+from img2img_server.config import ImageAdapterFolder
 from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.support.model_fields import CONTROLNETS, FieldRule
 from other_clients import IMAGE, PATIENCE, STEPS, HeldPipeline, Run, Secured, failed, holding, started, succeeded
 from PIL import Image, ImageChops
+from prompting import ADAPTERS, image_encoder, model, write_adapters
 from running import RunningServer, manifest, running, store
 
 
@@ -120,6 +122,42 @@ def test_controls_of_a_request(node: Path) -> None:
     (request,) = (state.request for state in pipeline.prepared)
     found = [(use.model, use.scale, use.start, use.end, use.image.size) for use in request.controls]
     assert found == [("edges", 0.5, 0.0, 0.75, (256, 256)), ("edges", 1.0, 0.0, 1.0, (256, 256))]
+
+
+IMAGE_PROMPTS = """
+import { readFile } from "node:fs/promises";
+import { Client } from "img2img-client";
+const client = new Client(process.env.IMG2IMG_TARGET);
+const image = { data: await readFile(process.argv[1]) };
+const style = { adapter: "style", images: [image, image], scale: 0.5 };
+console.log((await client.getModel("m")).image_adapters.join());
+await client.transform({ image, image_prompts: [style, { adapter: "plain", images: [image] }] });
+for (const wrong of [{ ...style, image }, { adapter: "style", images: [{ path: "a.png" }] }, { ...style, adapter: "other" }]) {
+  await client.transform({ image, image_prompts: [style, wrong] }).catch((error) => console.log(error.message));
+}
+client.close();
+"""
+
+
+def test_image_prompts_of_a_request(node: Path, tmp_path: Path) -> None:
+    pipeline = FakePipeline()
+
+    def models() -> ModelRegistry:
+        return ModelRegistry([model("m", pipeline), image_encoder()])
+
+    with (
+        running(models, image_adapters=ImageAdapterFolder(write_adapters(tmp_path))) as server,
+        started(node, IMAGE_PROMPTS, IMAGE, target=f"localhost:{server.port}") as process,
+    ):
+        lines = process.stdout.read().splitlines()
+        assert process.wait(PATIENCE) == 0
+    assert lines[0] == ",".join(ADAPTERS)
+    assert lines[1] == "image_prompts[1].image is not a field of img2img.v1.ImagePrompt"
+    assert lines[2] == "image_prompts[1].images[0].path is not a field of img2img.v1.ImageSource"
+    assert lines[3].startswith("image_prompts[1].adapter: image adapter 'other' does not fit this model")
+    (request,) = (state.request for state in pipeline.prepared)
+    found = [(use.adapter, use.scale, len(use.images)) for use in request.image_prompts]
+    assert found == [("style", 0.5, 2), ("plain", 1.0, 1)]
 
 
 LEAVING = """
