@@ -10,6 +10,7 @@ from PIL import Image
 from img2img_server.bundle.image_encoders import EMBEDS, PIXELS, STATES, widths_of
 from img2img_server.errors import BundleError
 from img2img_server.images.squares import centered_square
+from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.torch_calls import torch_call
 from img2img_server.runtime.companions import Companion, Companions
 from img2img_server.runtime.onnx.modules import Graph
@@ -71,7 +72,7 @@ class ImageEncoder(Companion):
         return torch.zeros_like(embeds), states
 
     def _encode(self, images: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        found = [self._graph(**{PIXELS: torch.from_numpy(image)[None].to(self._device)}) for image in images]
+        found = [self._graph(**{PIXELS: send(torch.from_numpy(image)[None], self._device)}) for image in images]
         return torch.cat([one[EMBEDS] for one in found]), torch.cat([one[STATES] for one in found])
 
     def trial_inputs(self, width: int, height: int) -> Mapping[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from img2img_server.bundle.image_prompts import ADAPTER_COUNTS, BIAS, PADDING, STATES, TOKEN_COUNTS, filled_up
+from img2img_server.runtime.common.device_copy import send
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,11 +26,10 @@ def of_prompts(prompts: Sequence[tuple[torch.Tensor, torch.Tensor | None]], dtyp
     bias = torch.full((len(prompts), longest), PADDING)
     for index, (positive, _) in enumerate(prompts):
         bias[index, : len(positive)] = 0
-    device = prompts[0][0].device
     return PromptStates(
         _stacked([positive for positive, _ in prompts], longest, dtype),
         _stacked(negatives, longest, dtype) if negatives else None,
-        bias.to(device, dtype),
+        send(bias, prompts[0][0].device, dtype),
     )
 
 
