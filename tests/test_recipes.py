@@ -24,8 +24,11 @@ from conftest import REPOSITORY
 from fakes import FakePipeline
 from img2img_server.access import tokens
 from img2img_server.access.tokens import Token
-from img2img_server.config import AssetSettings, TlsSettings
+from img2img_server.config import AssetSettings, ImageAdapterFolder, TlsSettings
+from img2img_server.images.squares import centered_square
+from img2img_server.models.registry import ModelRegistry
 from PIL import Image
+from prompting import ADAPTERS, SIDE, image_encoder, model, write_adapters
 from running import running, store
 
 TEXT = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -120,6 +123,23 @@ def test_a_larger_canvas(folder: Path, port: str) -> None:
         assert made.size == (320, 256)
         kept = (0, 0, 240, 256)
         assert made.convert("RGB").crop(kept).tobytes() == source.convert("RGB").crop(kept).tobytes()
+
+
+def test_the_style_of_another_image(folder: Path) -> None:
+    """A fake model that takes image prompts, beside one that does not."""
+    pipeline = FakePipeline()
+
+    def models() -> ModelRegistry:
+        return ModelRegistry([*store(a=FakePipeline()), model("m", pipeline), image_encoder()])
+
+    adapters = ImageAdapterFolder(write_adapters(folder / "adapters"))
+    with running(models, image_adapters=adapters) as server:
+        assert run(folder, program("The style of another image", p50051=server.port)) == ""
+    assert size(folder / "like-dunes.png") == (256, 256)
+    (use,) = pipeline.prepared[0].request.image_prompts
+    with Image.open(folder / "demo" / "images" / "noon-dunes.png") as dunes:
+        expected = centered_square(dunes.convert("RGB"), SIDE)
+    assert (use.adapter, use.scale, use.images[0].tobytes()) == (ADAPTERS[0], 0.6, expected.tobytes())
 
 
 def test_variations_and_reproducing_one(folder: Path, port: str) -> None:
