@@ -21,7 +21,7 @@ from diffusers import (
     StableDiffusionControlNetImg2ImgPipeline,
 )
 from drawing import Counted, alone, companions, load, together
-from fakes import make_request
+from fakes import Caller, make_request
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
@@ -36,7 +36,8 @@ from img2img_server.bundle.image_prompts import layer_widths, states_width
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.config import ImageAdapterFolder
 from img2img_server.engine.cache import Cache
-from img2img_server.engine.request import ControlUse, LoraUse, Mask, Request, run_alone
+from img2img_server.engine.engine import Engine
+from img2img_server.engine.request import Completed, ControlUse, Failed, LoraUse, Mask, Request, run_alone
 from img2img_server.errors import InvalidField, ModelNotLoaded
 from img2img_server.runtime.companions import Companions
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
@@ -50,6 +51,7 @@ from img2img_server.support.model_fields import IMAGE_PROMPTS
 from lora_making import make, write_diffusers
 from PIL import Image
 from running import running_backend
+from safetensors.torch import load_file, save_file
 from tiny_image_adapters import ENCODER, image_of, prompt, write_all
 from tiny_image_encoders import SIDE
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
@@ -353,6 +355,30 @@ def test_an_image_encoder_of_other_widths_is_refused(model: Callable[..., Model]
         known.pipeline.plan(dataclasses.replace(request, image_prompts=(first, dataclasses.replace(second, encoder="g"))))
     with pytest.raises(ModelNotLoaded, match="image encoder 'a' is not loaded"):
         known.pipeline.plan(dataclasses.replace(request, image_prompts=(dataclasses.replace(first, encoder="a"),)))
+
+
+def test_an_adapter_whose_numbers_overflow_fails_its_own_requests_only(
+    model: Callable[..., Model], adapters: Get, tmp_path: Path
+) -> None:
+    shutil.copytree(adapters("sd1"), tmp_path / "own")
+    tensors = load_file(tmp_path / "own" / "plus.safetensors")
+    save_file(
+        {name: 1e30 * tensor if "to_k" in name else tensor for name, tensor in tensors.items()},
+        tmp_path / "own" / "plus.safetensors",
+    )
+    known = model("sd1", tmp_path / "own")
+    batch = known.requests([MIXES[1], MIXES[2], ()])
+    engine = Engine({"m": known.pipeline})
+    callers = [Caller(engine) for _ in batch]
+    for request, caller in zip(batch, callers, strict=True):
+        engine.submit(request, caller.events.append)
+    while engine.step():
+        pass
+    first, failed, last = (caller.endings[0] for caller in callers)
+    assert isinstance(failed, Failed)
+    for request, ending in ((batch[0], first), (batch[2], last)):
+        assert isinstance(ending, Completed)
+        assert np.array_equal(np.asarray(ending.images[0], int), alone(known.pipeline, request))
 
 
 @pytest.mark.parametrize(("mix", "index", "tokens"), [(MIXES[2], 0, 15), (MIXES[5], 0, 17), (MIXES[4], 0, 8)])
