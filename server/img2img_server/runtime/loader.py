@@ -375,7 +375,7 @@ def _image_prompts(pipe: Any, family: type[SteppedPipeline], loading: Loading) -
     control = getattr(denoiser, "control", None)
     if control is None or not control.image_prompts:
         return NoImagePrompts("has no control graph that takes them: export it again with this version of img2img")
-    return ModelImagePrompts(loading.image_adapters, loading.companions, loading.cache, denoiser)
+    return ModelImagePrompts(loading.image_adapters, loading.companions, loading.cache, denoiser.config, control)
 
 
 def _parameters(manifest: Manifest, component: str) -> float:

@@ -4,7 +4,7 @@ What the image encoder and the adapter make of an image, and what they make of n
 `prepare_ip_adapter_image_embeds` of diffusers' pipelines.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from img2img_server.runtime.companions import Companions
 from img2img_server.runtime.image_encoders import ImageEncoder
 from img2img_server.runtime.image_prompts.reading import AdapterWeights, read_adapter
 from img2img_server.runtime.image_prompts.states import PromptStates, of_prompts
-from img2img_server.runtime.onnx.modules import OnnxDenoiser
+from img2img_server.runtime.onnx.modules import LaterGraph
 from img2img_server.support.model_fields import IMAGE_PROMPTS, ModelFields
 
 _MOST_NUMBERS = 2**26
@@ -40,15 +40,23 @@ class ImageAdapterSettings:
 
 
 class ModelImagePrompts:
-    """Image prompts of one model, whose `denoiser` has a control graph. The states of images are kept in `cache`. Thread-safe."""
+    """Image prompts of one model, whose UNet has this `config` and control graph. The keys and values of images are kept in
+    `cache`. Thread-safe."""
 
     fields: ClassVar[ModelFields] = IMAGE_PROMPTS
 
-    def __init__(self, settings: ImageAdapterSettings, companions: Companions, cache: Cache, denoiser: OnnxDenoiser) -> None:
+    def __init__(
+        self,
+        settings: ImageAdapterSettings,
+        companions: Companions,
+        cache: Cache,
+        config: Mapping[str, Any],
+        control: LaterGraph,
+    ) -> None:
         self._companions = companions
         self._cache = cache
-        self._denoiser = denoiser
-        self._kind = PromptKind(layer_widths(denoiser.config), denoiser.config["cross_attention_dim"])
+        self._control = control
+        self._kind = PromptKind(layer_widths(config), config["cross_attention_dim"])
         self._store = AdapterStore(settings.files, settings.cache, self._read)
         self._known: dict[str, tuple[AdapterNeeds, int | None]] = {}  # by digest: needs and tokens of those that were checked
         self._own = object()  # marks this model's entries of the cache
@@ -66,8 +74,22 @@ class ModelImagePrompts:
                 f"the adapter makes {longest} tokens of them, and this model takes {most} in each of {len(counts)} image "
                 "prompts: send fewer images",
             )
-        assert self._denoiser.control is not None, "a model that takes image prompts has a control graph"
-        self._denoiser.control.get()
+        self._control.get()
+
+    def of(self, request: Request, is_guided: bool, device: torch.device) -> PromptStates | None:
+        """What the control graph takes of the request's image prompts, on the device; None if none has an effect. Raises
+        InvalidField."""
+        if not request.image_prompts:
+            return None
+        self.check(request)
+        uses = [(index, use) for index, use in enumerate(request.image_prompts) if use.scale]
+        prompts = [self._prompt(index, use, request.cache_scope, is_guided, device) for index, use in uses]
+        return of_prompts(prompts, self._control.get().input_types[STATES]) if prompts else None
+
+    def close(self) -> None:
+        """Removes this model's entries from the caches."""
+        self._store.close()
+        self._cache.drop(lambda key: key[0] is self._own)
 
     def _tokens(self, index: int, use: ImagePromptUse) -> int:
         """The number of tokens of each image. Raises InvalidField if the adapter does not fit the model or its image encoder."""
@@ -78,22 +100,6 @@ class ModelImagePrompts:
         if not needs.reads(encoder.widths):
             raise InvalidField(_field(index), f"image adapter '{use.adapter}' needs {needs}: '{use.encoder}' is another one")
         return encoder.tokens if tokens is None else tokens
-
-    def of(self, request: Request, is_guided: bool, device: torch.device) -> PromptStates | None:
-        """What the control graph takes of the request's image prompts, on the device; None if none has an effect. Raises
-        InvalidField."""
-        if not request.image_prompts:
-            return None
-        self.check(request)
-        uses = [(index, use) for index, use in enumerate(request.image_prompts) if use.scale]
-        prompts = [self._prompt(index, use, request.cache_scope, is_guided, device) for index, use in uses]
-        assert self._denoiser.control is not None, "a model that takes image prompts has a control graph"
-        return of_prompts(prompts, self._denoiser.control.get().input_types[STATES]) if prompts else None
-
-    def close(self) -> None:
-        """Removes this model's entries from the caches."""
-        self._store.close()
-        self._cache.drop(lambda key: key[0] is self._own)
 
     def _prompt(
         self, index: int, use: ImagePromptUse, scope: str, is_guided: bool, device: torch.device
