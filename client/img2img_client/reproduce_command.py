@@ -4,7 +4,7 @@ import argparse
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,29 +242,30 @@ _COMPARED = {
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list[str]:
-    """Possible reasons for a difference, one per line."""
+    """Possible reasons for a difference, one per line, each with the entries of the record that differ."""
     if after is None:
         return []
-    return [
-        f"{reason} ({_digest(before, name)}, now {_digest(after, name)})"
-        for name, reason in _COMPARED.items()
-        if _digest(before, name) != _digest(after, name)
-    ]
+    notes = []
+    for name, reason in _COMPARED.items():
+        first, second = (dict(_digests(name, record.get(name))) for record in (before, after))
+        places = [place for place in {**first, **second} if first.get(place) != second.get(place)]
+        if places:
+            words = (f"{place}: {first.get(place)}, now {second.get(place)}" for place in places)
+            notes.append(f"{reason} ({'; '.join(words)})")
+    return notes
 
 
-def _digest(record: Mapping[str, Any], name: str) -> object:
-    value = record.get(name)
-    if isinstance(value, list):
-        return [_digests(item) for item in value]
-    return value.get("digest") if isinstance(value, dict) else value
-
-
-def _digests(item: object) -> object:
-    """The digests of an item of a list, and of its images, and not the ids of its assets, which a file need not have."""
-    if not isinstance(item, dict):
-        return item
-    own = [item.get(name) for name in ("bundle_digest", "encoder_digest", "digest")]
-    return [*own, *(_digests(image) for image in item.get("images", ()))]
+def _digests(place: str, value: object) -> Iterator[tuple[str, object]]:
+    """The digests in an entry of a record, with their places, and not the ids of assets, which a file need not have."""
+    if isinstance(value, dict):
+        for name in ("bundle_digest", "encoder_digest", "digest", "images"):
+            if name in value:
+                yield from _digests(f"{place}.{name}", value[name])
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _digests(f"{place}[{index}]", item)
+    else:
+        yield place, value
 
 
 def _report(difference: ImageDifference, notes: list[str], *, as_json: bool) -> None:

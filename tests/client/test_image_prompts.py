@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,11 @@ def test_image_prompts_are_reproduced(
     assert used(pipeline) == [("style", 0.5, ["red", "green"]), ("plain", 1.0, ["blue"])]
     assert capsys.readouterr().out.splitlines()[-1] == "identical"
     assert main([*again, *given(red, blue, green)]) == 0
-    assert "an image adapter, its image encoder or an image of an image prompt is not the one" in capsys.readouterr().out
+    (note,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("note: "))
+    assert note.startswith(
+        "note: an image adapter, its image encoder or an image of an image prompt is not the one that was used"
+    )
+    assert re.findall(r"\S+(?=: \w+, now )", note) == ["(image_prompts[0].images[1].digest", "image_prompts[1].images[0].digest"]
     assert main(again) != 0
     assert "--image-prompt FILE is needed 3 times" in capsys.readouterr().err
     assert main([*again, *given(red)]) != 0
