@@ -35,11 +35,6 @@ class LatentSet:
     scenes: Tensor
     captions: CaptionTable
 
-    def in_seasons(self, *seasons: str) -> Tensor:
-        """The layout and the image of each image in these seasons: N x 2."""
-        wanted = torch.tensor([scene.season in seasons for scene in self.captions.scenes])
-        return wanted[self.scenes].nonzero()
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -77,7 +72,7 @@ def make_latent_set(latents: Tensor, posters: PosterSet, captions: CaptionTable)
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Shares of a batch: empty captions, pairs, pairs whose source is not the noon image, and targets in winter or autumn.
+    """Shares of a batch: empty captions, pairs, and pairs whose source is not the noon image.
 
     For pairs, denoising starts at a step from `earliest_start` to `latest_start`, or at the sample's own step if later.
     """
@@ -86,9 +81,6 @@ class Mixture:
     empty_share: float = 0.12
     pair_share: float = 0.8
     other_source_share: float = 0.25
-    season_share: float = 0.0
-    """Of targets in winter or autumn, besides those among the others: they change deserts and beaches least. Their captions are
-    not empty: otherwise the model would expect winter without a caption, and guidance would add less of it."""
     other_layout_share: float = 0.0
     """Of pairs whose source is of another layout than the target, which only a control image then shows."""
     earliest_start: int = 450
@@ -109,11 +101,6 @@ def draw_batch(data: LatentSet, alphas: Tensor, mixture: Mixture, width: int, ra
     rows = torch.randint(layouts, (size,), generator=random)
     columns = torch.randint(images - 1, (size,), generator=random)
     columns = columns + (columns >= AUGMENTED)
-    in_season = chance(mixture.season_share) if mixture.season_share else torch.zeros(size, dtype=torch.bool)
-    if in_season.any():
-        drawn = data.in_seasons("winter", "autumn")
-        drawn = drawn[torch.randint(len(drawn), (size,), generator=random)]
-        rows, columns = torch.where(in_season, drawn[:, 0], rows), torch.where(in_season, drawn[:, 1], columns)
     sources = torch.randint(AUGMENTED + 1, (size,), generator=random)
     others = torch.randint(images, (size,), generator=random)
     sources = torch.where(chance(mixture.other_source_share), others, sources)
@@ -134,7 +121,6 @@ def draw_batch(data: LatentSet, alphas: Tensor, mixture: Mixture, width: int, ra
 
     forms = torch.randint(data.captions.rows.shape[1], (size,), generator=random)
     token_ids = data.captions.rows[data.scenes[rows, columns], forms]
-    is_empty = chance(mixture.empty_share) & ~in_season
-    token_ids = torch.where(is_empty[:, None], data.captions.empty, token_ids)
+    token_ids = torch.where(chance(mixture.empty_share)[:, None], data.captions.empty, token_ids)
     signal, spread = alphas[timesteps][:, None, None, None].sqrt(), (1 - alphas[timesteps])[:, None, None, None].sqrt()
     return Batch(signal * target + spread * noise, timesteps, token_ids, signal * noise - spread * target, rows, left)

@@ -39,8 +39,6 @@ class DenoiserRecipe:
     decay: int = 2400
     average_decay: float = 0.997
     seed: int = 2
-    name: str = "denoiser"
-    """Of its checkpoint."""
 
     @property
     def steps(self) -> int:
@@ -58,19 +56,6 @@ class DenoiserRecipe:
     def rate_factor(self, step: int) -> float:
         """Share of the learning rates at a step, in 0..1."""
         return min(1.0, (step + 1) / self.warm_up, (self.steps - step) / self.decay)
-
-
-SEASONS = DenoiserRecipe(
-    phases=(Phase(steps=300, strip_width=32, mixture=Mixture(season_share=0.5)),),
-    muon_rate=0.004,
-    adamw_rate=2.5e-4,
-    warm_up=20,
-    decay=250,
-    average_decay=0.98,
-    seed=5,
-    name="seasons",
-)
-"""A short training after the other, with more images in winter and autumn."""
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -141,7 +126,7 @@ def train_denoiser(
     )
     average = MovingAverage(parameters, recipe.average_decay)
     parts = {"unet": unet, "text_encoder": text_encoder, "muon": muon, "adamw": adamw, "average": average}
-    checkpoint = Checkpoint(work / f"{recipe.name}.pt", parts)
+    checkpoint = Checkpoint(work / "denoiser.pt", parts)
     started, smooth, first = time.monotonic(), 1.0, checkpoint.restore()
     unet.train()
     text_encoder.train()
@@ -163,7 +148,7 @@ def train_denoiser(
         average.update()
         smooth += (loss.item() - smooth) * max(0.02, 1 / (step - first + 1))
         if (step + 1) % 50 == 0:
-            print(f"{recipe.name} {step + 1}/{recipe.steps} loss {smooth:.4f} {time.monotonic() - started:.0f} s", flush=True)
+            print(f"denoiser {step + 1}/{recipe.steps} loss {smooth:.4f} {time.monotonic() - started:.0f} s", flush=True)
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.steps:
             checkpoint.save(step + 1)
             with average.applied():

@@ -1,7 +1,7 @@
 """Train the demo model: `python demo/train.py --output DIR` makes the demo model, its LoRA and its ControlNet from the generator.
 
 Nothing is downloaded. The stages are the autoencoder, its decoder once more, the latents of all posters, the tokenizer, the UNet
-with its text encoder, a ControlNet of outlines, and a watercolor LoRA. `--work` keeps what each stage made, and checkpoints: the
+with its text encoder, both once more for the default guidance, a ControlNet of outlines, and a watercolor LoRA. `--work` keeps what each stage made, and checkpoints: the
 same command continues after an interruption. Every random number is seeded, so that a second run gives the same model up to the
 order of floating-point sums.
 
@@ -32,8 +32,9 @@ from autoencoder import (
     train_autoencoder,
 )
 from batches import LatentSet, make_caption_table, make_latent_set
-from denoiser import SEASONS, DenoiserRecipe, Phase, build_denoiser, build_scheduler, build_text_encoder, train_denoiser
+from denoiser import DenoiserRecipe, Phase, build_denoiser, build_scheduler, build_text_encoder, train_denoiser
 from diffusers import AutoencoderKL
+from guidance import GuidanceRecipe, train_for_guidance
 from posterset import PosterSet, make_posters, unseen_posters
 from saving import save_pipeline
 from scenes import EXTRA_WORDS, draw_captions
@@ -59,7 +60,7 @@ class DemoRecipe:
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     decoder: DecoderRecipe = field(default_factory=DecoderRecipe)
     denoiser: DenoiserRecipe = field(default_factory=DenoiserRecipe)
-    seasons: DenoiserRecipe = SEASONS
+    guidance: GuidanceRecipe = field(default_factory=GuidanceRecipe)
     adapter_layouts: int = 400
     lora: AdapterRecipe = LORA
     controlnet: AdapterRecipe = CONTROLNET
@@ -73,7 +74,7 @@ SMOKE = DemoRecipe(
     autoencoder=AutoencoderRecipe(steps=2, crops=((64, 2, 1.0),)),
     decoder=DecoderRecipe(steps=2, crops=((64, 2, 1.0),)),
     denoiser=DenoiserRecipe(phases=(Phase(steps=1, strip_width=8), Phase(steps=1, strip_width=32)), decay=1),
-    seasons=replace(SEASONS, phases=(replace(SEASONS.phases[0], steps=1),), decay=1),
+    guidance=GuidanceRecipe(steps=1),
     adapter_layouts=2,
     lora=replace(LORA, steps=1),
     controlnet=replace(CONTROLNET, steps=1),
@@ -133,8 +134,8 @@ def train(recipe: DemoRecipe, output: Path, work: Path) -> None:
     def save(directory: Path) -> None:
         save_pipeline(directory, vae, unet, text_encoder, tokenizer, build_scheduler())
 
-    for stage in (recipe.denoiser, recipe.seasons):
-        train_denoiser(data, unet, text_encoder, stage, work, lambda: save(work / "milestone"))
+    train_denoiser(data, unet, text_encoder, recipe.denoiser, work, lambda: save(work / "milestone"))
+    train_for_guidance(data, unet, text_encoder, recipe.guidance, work)
     save(output / "model")
     some = replace(data, latents=data.latents[: recipe.adapter_layouts], scenes=data.scenes[: recipe.adapter_layouts])
     train_controlnet(some, unet, text_encoder, recipe.controlnet, work, output / "controlnet")
