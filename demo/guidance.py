@@ -1,8 +1,8 @@
 """A last stage of the denoiser's training: results are right at the guidance that the service has by default, 7.5.
 
-Guidance extrapolates: it adds `guidance` times what the caption changes. At 7.5 that is too much for this model, which follows captions
-well without: snow on dunes became a third as bright as it should, and colors of autumn too dark; at 3 all was right. So the model
-learns to change `share` as much by a caption as it did, for which its own predictions are the targets.
+Guidance extrapolates what a caption changes. 7.5 is too much for a model that follows captions well without: snow on dunes
+got a third of its brightness, and autumn was too dark, while at 3 both were right. So the model learns to change only `share`
+as much by a caption as it did. The targets are its own predictions.
 """
 
 import time

@@ -1,9 +1,9 @@
 """Train the demo model: `python demo/train.py --output DIR` makes the demo model, its LoRA and its ControlNet from the generator.
 
-Nothing is downloaded. The stages are the autoencoder, its decoder once more, the latents of all posters, the tokenizer, the UNet
-with its text encoder, both once more for the default guidance, a ControlNet of outlines, and a watercolor LoRA. `--work` keeps what each stage made, and checkpoints: the
-same command continues after an interruption. Every random number is seeded, so that a second run gives the same model up to the
-order of floating-point sums.
+Nothing is downloaded. The stages are the autoencoder, its decoder once more, the latents of all posters, the tokenizer, the
+UNet with its text encoder, both once more for the default guidance, a ControlNet of outlines, and a watercolor LoRA. `--work`
+keeps what each stage made, and checkpoints: the same command continues after an interruption. Every random number is seeded, so
+that a second run gives the same model up to the order of floating-point sums.
 
 The script restarts itself with the environment of `FAST_MEMORY`, which glibc and OpenMP read only at process start. It keeps
 freed memory for the next step instead of returning it to the kernel, which zeroes it page by page: on 2 AVX2 cores a forward and

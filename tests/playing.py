@@ -130,7 +130,7 @@ class Stand:
         self.port = server.port
 
     def _models(self) -> ModelRegistry:
-        """One that runs, one that reads a control image by itself, one that is not in memory, one that cannot be loaded, two
+        """One that runs, one with a built-in control input, one that is not in memory, one that cannot be loaded, two
         ControlNets and the image encoder of the first, and a ControlNet of another kind."""
         own = FakePipeline()
         own.fields = {**GUIDED, **OWN_CONTROL}

@@ -49,7 +49,7 @@ class ModelReference:
 class Control:
     """An image for a ControlNet of the server, and how strongly the result follows it.
 
-    `model` is the ControlNet's id or a ModelReference; None for models that read a control image by themselves. `image` is a
+    `model` is the ControlNet's id or a ModelReference; None for models with a built-in control input. `image` is a
     file's path, a file's bytes, a Pillow image, an Asset, or an address that the server reads. `scale` is the factor of its
     effect; it applies to the steps from `start` to `end`, both fractions of all steps. None means the server's default: 1, 0 and
     1. `control_mode` is the kind of the image for a union ControlNet, which needs one; None for others.

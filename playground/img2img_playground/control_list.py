@@ -63,8 +63,8 @@ class ControlList:
 
 
 class _ControlRow:
-    """A control image with its settings: the ControlNet, unless none are `offered` because the model reads it by itself, and its
-    `names` of ControlImage.DEFAULTS."""
+    """A control image with its settings: the ControlNet, unless none are `offered` because the model has a built-in control
+    input, and its `names` of ControlImage.DEFAULTS."""
 
     def __init__(
         self,

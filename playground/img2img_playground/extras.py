@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ControlImage:
-    """An image for the ControlNet `model`, "" if the request's model reads it by itself; the factor of its effect, and the part
-    of the steps that it applies to."""
+    """An image for the ControlNet `model`, "" if the request's model has a built-in control input; the factor of its effect,
+    and the part of the steps that it applies to."""
 
     DEFAULTS: ClassVar[Mapping[str, float]] = {"scale": 1.0, "start": 0.0, "end": 1.0}
 

@@ -1,4 +1,4 @@
-"""Models that read a control image by themselves: Flux Depth and Canny, and SDXL with PAG and a ControlNet of its own. Images are
+"""Models with a built-in control input: Flux Depth and Canny, and SDXL with PAG and a ControlNet of its own. Images are
 those of diffusers' classes in the same test, to 1/255, alone and in mixed batches; requests without the image name the field.
 """
 

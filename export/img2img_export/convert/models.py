@@ -87,7 +87,7 @@ CONTROLLED: Mapping[str, str] = {
 """Classes of models with a ControlNet, which requests name, and of the models without it."""
 
 _OWN_CONTROL = frozenset({"FluxControlImg2ImgPipeline", "StableDiffusionXLControlNetPAGImg2ImgPipeline"})
-"""Classes of models that read a control image by themselves."""
+"""Classes of models with a built-in control input."""
 
 _PERTURBED = "PAG"
 """In the names of the classes that guide by perturbed attention."""

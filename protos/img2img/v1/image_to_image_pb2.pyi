@@ -202,8 +202,8 @@ class TransformRequest(_message.Message):
     @_builtins.property
     def controls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Control]:
         """Images that a ControlNet reads, such as edges, a depth map or a pose, and that the result follows. At most 4; the effects of
-        several add up. Not every model takes them: see docs/loras.md. Default: none, and required for models that read a control image
-        by themselves.
+        several add up. Not every model takes them: see docs/loras.md. Default: none, and required for models with a
+        built-in control input.
         """
 
     @_builtins.property
@@ -381,8 +381,8 @@ Global___Lora: _TypeAlias = Lora  # noqa: Y015
 @_typing.final
 class Control(_message.Message):
     """An image that a ControlNet of the server reads, and how strongly the result follows it. The server does not make such images:
-    send the edges, depth or pose that the ControlNet was trained on. Some models, such as Flux Depth, read a control image by
-    themselves: requests to them have exactly one control, without a ControlNet. GetModel lists the fields that a model takes, such
+    send the edges, depth or pose that the ControlNet was trained on. Some models, such as Flux Depth, have a built-in control
+    input: requests to them have exactly one control, without a ControlNet. GetModel lists the fields that a model takes, such
     as "controls.scale".
     """
 
@@ -407,7 +407,7 @@ class Control(_message.Message):
     @_builtins.property
     def model(self) -> Global___ModelReference:
         """The ControlNet: a bundle of the server, of the family "controlnet", that fits the request's model. The field controlnets of
-        GetModel has the ids of all that fit. Required for ControlNets. It must not be set if the model itself reads the control image.
+        GetModel has the ids of all that fit. Required for ControlNets. It must not be set if the model has a built-in control input.
         """
 
     @_builtins.property

@@ -49,7 +49,7 @@ def numbers_of(control: pb.Control) -> tuple[float, float, float]:
 
 def controls_from(text: str) -> list[pb.Control]:
     """Parses "ID", "ID:SCALE", "ID:SCALE:START", "ID:SCALE:START:END" or "ID:SCALE:START:END:MODE", several separated by commas;
-    images are given elsewhere. Without an id, as in ":0.5", it is the image that a model reads by itself.
+    images are given elsewhere. Without an id, as in ":0.5", it is the image for a built-in control input.
 
     Raises InvalidField for an empty id and a mode that is not an integer.
     """
@@ -99,7 +99,7 @@ class Controls:
         self, controls: Sequence[pb.Control], nets: Sequence[Model | None], size: tuple[int, int], multiple: int
     ) -> tuple[ControlUse, ...]:
         """Reads the images of checked controls one after the other, resized to `size` as diffusers does. `nets` are their
-        ControlNets, None for the image that a model reads by itself. Raises InvalidField, or an error of reading sources and
+        ControlNets, None for the image of a built-in control input. Raises InvalidField, or an error of reading sources and
         images."""
         found = []
         for index, (control, net) in enumerate(zip(controls, nets, strict=True)):

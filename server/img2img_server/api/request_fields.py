@@ -76,7 +76,7 @@ class RequestField:
 
 _OF_CONTROLS = "controls."
 _CONTROL = (
-    RequestField("controls.model", "this model reads the control image by itself, without a ControlNet"),
+    RequestField("controls.model", "this model has a built-in control input and takes no ControlNet"),
     RequestField(
         "controls.scale", "this model has no scale for its control image", default=1.0, minimum=-MAX_SCALE, maximum=MAX_SCALE
     ),

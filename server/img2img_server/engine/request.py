@@ -45,7 +45,7 @@ class LoraUse:
 class ControlUse:
     """A control image of a request, and the ControlNet that reads it.
 
-    `model` is the ControlNet's id, and `digest` its bundle's; both are empty if the request's model reads the image by itself.
+    `model` is the ControlNet's id, and `digest` its bundle's; both are empty if the request's model has a built-in control input.
     `image` is RGB, of the result's size; `image_digest` identifies its content. The residuals are multiplied by `scale` in steps
     that begin at `start` of the request's steps or later, and finish by `end`, both from 0 to 1; in other steps there are none.
     `mode` is the kind of the image, for unions only.

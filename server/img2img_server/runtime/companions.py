@@ -1,6 +1,6 @@
 """Companions in memory: models of one graph, such as ControlNets, which requests to other models use.
 
-To the server a companion is a model that is loaded, tried and evicted like any. Clients' requests never run it by itself
+To the server a companion is a model that is loaded, tried and evicted like any. Requests never run it alone
 (api/parsing.py).
 """
 

@@ -28,7 +28,7 @@ _EFFECT = ("controls.scale", "controls.start", "controls.end")
 CONTROLNETS: ModelFields = {name: FieldRule() for name in ("controls", "controls.model", *_EFFECT, "controls.control_mode")}
 """What models take whose requests name ControlNets."""
 OWN_CONTROL: ModelFields = {"controls": FieldRule(max_count=1, required=True)}
-"""What models take that read a control image by themselves."""
+"""What models with a built-in control input take."""
 OWN_CONTROLNET: ModelFields = {**OWN_CONTROL, **{name: FieldRule() for name in _EFFECT}}
 """What models take that have a ControlNet of their own."""
 

@@ -23,8 +23,8 @@ def read_controls(text: str) -> list[pb.Control]:
 
 
 def add_images(controls: MutableSequence[pb.Control], images: list[pb.ImageSource]) -> None:
-    """Gives the images of the form to the controls that have none, in order. Without controls, they are images that the model
-    reads by itself. Raises InvalidField if their numbers differ."""
+    """Gives the images of the form to the controls that have none, in order. Without controls, they are images for a
+    built-in control input. Raises InvalidField if their numbers differ."""
     if not controls:
         controls.extend(pb.Control(image=image) for image in images)
         return

@@ -349,7 +349,7 @@ FIELDS = (
         "ControlNets of the server that the result follows: ID, ID:SCALE, ID:SCALE:START, ID:SCALE:START:END or "
         "ID:SCALE:START:END:MODE, several separated by commas; or a JSON list of objects with model, image (an address), scale, "
         f"start, end and control_mode. The images of those without an address are sent as {controls.IMAGES}. Not needed for "
-        "models that read a control image by themselves, which take an empty ID, as in :0.5. Default: none",
+        "models with a built-in control input, which take an empty ID, as in :0.5. Default: none",
         True,
     ),
     FormField(

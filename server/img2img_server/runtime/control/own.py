@@ -1,4 +1,4 @@
-"""Control images that models read by themselves, without a ControlNet of the server: one in each request."""
+"""Control images for built-in control inputs, without a ControlNet of the server: one in each request."""
 
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -11,13 +11,13 @@ from img2img_server.support.model_fields import OWN_CONTROL, ModelFields
 
 
 def check_own_control(request: Request) -> None:
-    """Raises InvalidField for controls of a model that reads a control image by itself: one that names a ControlNet, or
+    """Raises InvalidField for controls of a model with a built-in control input: one that names a ControlNet, or
     several."""
     if len(request.controls) > 1:
         raise InvalidField("controls", f"there are {len(request.controls)}, and this model reads one control image")
     for use in request.controls:
         if use.model:
-            raise InvalidField("controls[0].model", "this model reads the control image by itself: leave model unset")
+            raise InvalidField("controls[0].model", "this model has a built-in control input: leave model unset")
 
 
 def with_control(request: Request) -> Request:
@@ -35,7 +35,7 @@ def edges(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 class OwnControl:
-    """Controls of a model that reads a control image by itself. What it does with it is up to the model's family."""
+    """Controls of a model with a built-in control input. What it does with it is up to the model's family."""
 
     fields: ClassVar[ModelFields] = OWN_CONTROL
 

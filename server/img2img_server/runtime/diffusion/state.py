@@ -41,7 +41,7 @@ class DiffusionState:
     negative prompt's first; `guidance` is then the scale. `timesteps` [S] are on the CPU; `times` are the same as numbers.
     `trajectory` is its state in the linear solver; None for a scheduler that is not linear, of which it has its own copy,
     `scheduler`. `begun` is the cached scheduler, shared and never stepped; `indices` are the positions of these
-    timesteps in its own. `blend` keeps the source outside the request's mask; None without one, or if the UNet does so by itself.
+    timesteps in its own. `blend` keeps the source outside the request's mask; None without one, or if the UNet reads the mask.
     With a `speedup`, `light` says which steps are light; these use the `difference` [n, C, h, w] that the prompt made in the last
     full step, and its deep `features`, with a row for each row of that step.
     """

@@ -89,7 +89,7 @@ class SteppedPipeline(ABC):
     """Whether requests may have ControlNets, if the denoiser has a control graph."""
 
     reads_control = False
-    """Whether the model reads a control image by itself, in every request."""
+    """Whether the model has a built-in control input: every request then has a control image."""
 
     def __init__(
         self,
@@ -390,8 +390,8 @@ class SteppedPipeline(ABC):
     def _read_controls(
         self, request: Request, controls: tuple[Control, ...], generators: list[torch.Generator]
     ) -> tuple[tuple[Control, ...], Conditioning]:
-        """The controls with what their ControlNets read of the images, and the denoiser's inputs for a control image that the
-        model reads by itself. It may draw from the `generators`, before all else."""
+        """The controls with what their ControlNets read of the images, and the denoiser's inputs for the image of a built-in
+        control input. It may draw from the `generators`, before all else."""
         return controls, {}
 
     @abstractmethod
