@@ -81,7 +81,7 @@ class Gate:
 
 
 class InvertingPipeline(FakePipeline):
-    """Turns an image's colours over; knows when it was let go of."""
+    """Inverts an image's colors, and counts the requests that were released."""
 
     def __init__(self, gate: Gate) -> None:
         super().__init__()
@@ -89,19 +89,19 @@ class InvertingPipeline(FakePipeline):
         self.native_size = (256, 256)  # IMAGE's
         self.source_rule = SourceRule(mask="optional")
         self.fields = {**GUIDED, "reference_images": FieldRule(), "loras": FieldRule(), **NAMES_CONTROLNETS, **IMAGE_PROMPTS}
-        self.let_go = threading.Semaphore(0)
+        self.released_requests = threading.Semaphore(0)
 
     def finish(self, states: Sequence[FakeState]) -> Sequence[Sequence[Image.Image]]:
         return [[ImageOps.invert(image) for image in images] for images in super().finish(states)]
 
     def release(self, state: FakeState) -> None:
         super().release(state)
-        self.let_go.release()
+        self.released_requests.release()
 
     def forget(self) -> None:
-        """Knows nothing of what it was let go of before."""
+        """Forgets the requests that were released before."""
         self.released.clear()
-        self.let_go = threading.Semaphore(0)
+        self.released_requests = threading.Semaphore(0)
 
 
 class Stand:
@@ -184,7 +184,7 @@ def playground(target: str, folder: Path, *flags: str, warning: str = "") -> Ite
 
 def chromium() -> str:
     """The path of a Chromium; the first call on a new machine installs it."""
-    # The tests' own cache folder is no place for a browser.
+    # The browser does not belong into the tests' own cache folder.
     environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
     script = str(REPOSITORY / "scripts" / "chromium")
     result = subprocess.run([script], env=environment, stdout=subprocess.PIPE, text=True, timeout=280)

@@ -1,4 +1,4 @@
-"""The node. ComfyUI itself is imported only where it is there: for the progress bar and the Cancel button."""
+"""The node. ComfyUI is imported only if it is installed, for the progress bar and the Cancel button."""
 
 import io
 import os

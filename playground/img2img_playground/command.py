@@ -132,9 +132,9 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _wants_browser(wish: bool | None) -> bool:
-    if wish is not None:
-        return wish
+def _wants_browser(choice: bool | None) -> bool:
+    if choice is not None:
+        return choice
     desktop = sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     return desktop and sys.stdout.isatty()
 

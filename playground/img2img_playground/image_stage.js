@@ -177,7 +177,7 @@ export default {
           pane.scrollTop = event.target.scrollTop;
         }
     },
-    // Touch scrolls by itself.
+    // The browser scrolls for touch.
     grab(event) {
       if (this.zoom > 1 && event.pointerType === "mouse" && event.button === 0) event.currentTarget.setPointerCapture(event.pointerId);
     },

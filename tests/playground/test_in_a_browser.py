@@ -63,7 +63,7 @@ async def test_a_run_is_cancelled_at_the_server(visitor: Visitor, stand: Stand) 
     await visitor.button("Cancel").click()
     await expect(visitor.button("Transform")).to_be_enabled()
     await expect(visitor.banner).to_be_hidden()
-    while not stand.pipeline.let_go.acquire(timeout=0.5):
+    while not stand.pipeline.released_requests.acquire(timeout=0.5):
         stand.gate.let(1)
     (state,) = stand.pipeline.released
     assert state.step < state.step_count, "what nobody waits for is not computed to its end"
@@ -264,7 +264,7 @@ async def test_tabs_are_isolated_from_each_other(visitor: Visitor, stand: Stand)
     await first.get_by_role("button", name="Transform").click()
     await first.get_by_text("Reading the image").wait_for()
     await first.close()
-    while not stand.pipeline.let_go.acquire(timeout=0.5):  # The tab has some seconds to come back.
+    while not stand.pipeline.released_requests.acquire(timeout=0.5):  # The tab has some seconds to come back.
         stand.gate.let(1)
     (state,) = stand.pipeline.released
     assert state.step < state.step_count, "what nobody waits for is not computed to its end"

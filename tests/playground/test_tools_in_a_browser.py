@@ -179,7 +179,7 @@ async def test_history_survives_a_tab_that_is_left_and_reopened(visitor: Visitor
     stand.pipeline.forget()
     await visitor.begin()
     await visitor.page.goto("about:blank")
-    while not stand.pipeline.let_go.acquire(timeout=0.5):  # The run ends when the page is given up.
+    while not stand.pipeline.released_requests.acquire(timeout=0.5):  # The run ends when the page is given up.
         stand.gate.let(1)
     (state,) = stand.pipeline.released
     assert state.step < state.step_count, "the run of a page that is gone is not computed to its end"
