@@ -21,7 +21,8 @@ from img2img_server.bundle.image_adapters import (
     prompt_kind,
 )
 from img2img_server.bundle.image_encoders import FAMILY, EncoderWidths
-from img2img_server.bundle.manifest import Component, read_manifest
+from img2img_server.bundle.image_prompts import layer_widths
+from img2img_server.bundle.manifest import Component, Manifest, read_manifest
 from img2img_server.models.image_adapters import encoder_of, fitting
 from img2img_server.models.registry import Model, ModelRegistry, kinds_of
 from img2img_server.support.model_fields import IMAGE_PROMPTS
@@ -35,7 +36,7 @@ PLAIN = ImageAdapterHeader("plain", AdapterNeeds("plain", EMBEDDING, KIND))
 @pytest.mark.parametrize(("kind", "width"), [("plain", EMBEDDING), ("full", STATE), ("plus", STATE)])
 def test_the_header_says_what_an_adapter_needs(kind: str, width: int, tmp_path: Path) -> None:
     write_header(tmp_path / "style" / "soft.safetensors", kind)
-    adapter, file = ImageAdapterFiles(tmp_path).open("style/soft")
+    adapter, file = ImageAdapterFiles(tmp_path).read("style/soft"), ImageAdapterFiles(tmp_path).find("style/soft")
     assert adapter == ImageAdapterHeader("style/soft", AdapterNeeds(kind, width, KIND))  # type: ignore[arg-type]
     assert (adapter.needs.reads_states, file.id, len(file.digest)) == (kind != "plain", "style/soft", 64)
     embedding, states = EncoderWidths(EMBEDDING, 7), EncoderWidths(7, STATE)
@@ -59,8 +60,8 @@ def changed(**changes: Any) -> dict[str, Any]:
         ({name: shape for name, shape in shapes_of("plain").items() if "image_proj" in name}, "is not an IP-Adapter"),
         ({name: shape for name, shape in shapes_of("plain").items() if "ip_adapter" in name}, "is not an IP-Adapter"),
         (changed(image_proj__proj__weight=None), "is an IP-Adapter of an unknown kind"),
-        (changed(image_proj__proj__weight=(4 * TEXT,)), "is damaged: image_proj.proj.weight is no matrix"),
-        (changed(image_proj__proj__weight=(4 * TEXT, 0)), "is damaged: image_proj.proj.weight is no matrix"),
+        (changed(image_proj__proj__weight=(4 * TEXT,)), "is damaged: image_proj.proj.weight is not a matrix"),
+        (changed(image_proj__proj__weight=(4 * TEXT, 0)), "is damaged: image_proj.proj.weight is not a matrix"),
         (changed(ip_adapter__1__to_k_ip__weight=(32, TEXT, 1)), "is damaged: its layers"),
         (changed(ip_adapter__1__to_k_ip__weight=(32, TEXT + 1)), "is damaged: its layers"),
         (changed(ip_adapter__1__to_k_ip__weight=(33, TEXT)), "is damaged: ip_adapter.1 has no"),
@@ -70,6 +71,7 @@ def changed(**changes: Any) -> dict[str, Any]:
             changed(ip_adapter__1__to_z_ip__weight=(32, TEXT)),
             "is an IP-Adapter of an unknown kind: it contains ip_adapter.1.to_z",
         ),
+        (changed(ip_adapter__01__to_k_ip__weight=(32, TEXT)), "is an IP-Adapter of an unknown kind: it contains ip_adapter.01"),
         (changed(ip_adapter__99999__to_k_ip__weight=(32, TEXT)), "is an IP-Adapter of an unknown kind: it contains ip_adapter.9"),
     ],
 )
@@ -120,9 +122,9 @@ def test_ids_pickles_and_missing_folders_are_refused_as_those_of_loras_are(tmp_p
         ("../a", "is not a valid id"),
     ):
         with pytest.raises(AdapterProblem, match=f"^{reason}"):
-            files.open(name)
+            files.read(name)
     with pytest.raises(AdapterProblem, match=r"no folder of image adapters \(img2img serve --image-adapters DIR\)"):
-        ImageAdapterFiles(None).open("a")
+        ImageAdapterFiles(None).read("a")
 
 
 def test_the_file_beside_an_adapter_names_its_image_encoder(tmp_path: Path) -> None:
@@ -207,17 +209,44 @@ def test_a_bundle_says_which_adapters_fit_it(name: str, takes: bool, bundle: Get
     assert prompt_kind(bundle(name), replace(read_manifest(bundle(name)), components=parts)) is None, "it must be exported again"
 
 
+UNET = {
+    **{"_class_name": "UNet2DConditionModel", "block_out_channels": [8], "layers_per_block": 1, "cross_attention_dim": 8},
+    **{"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]},
+}
+
+
+def with_config(folder: Path, text: str) -> Manifest:
+    """The manifest of a bundle in `folder`, whose UNet has this config.json."""
+    for name, content in (("unet", text), ("vae", '{"block_out_channels": [8]}')):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(content)
+    part = Component("unet", "fp32", control="unet/control.onnx", image_prompts=True)
+    return replace(manifest("acme/m"), components=(part,))
+
+
+@pytest.mark.parametrize("name", ["layers_per_block", "transformer_layers_per_block"])
+@pytest.mark.parametrize("value", [10**12, [10**12]])
+def test_a_configuration_of_more_layers_than_any_model_has_is_refused(name: str, value: object, tmp_path: Path) -> None:
+    """No list of them is made: bundles are listed before their digests are checked."""
+    found = kinds_of(tmp_path, with_config(tmp_path, json.dumps(UNET | {name: value})))
+    assert found["prompt_kind"] is None
+    assert (found["control_kind"] == ()) == (name == "layers_per_block")
+    assert layer_widths(UNET) == (8,) * 4
+
+
+def test_infinite_numbers_in_a_configuration_are_damage(tmp_path: Path) -> None:
+    (tmp_path / "image-encoder").mkdir()
+    (tmp_path / "image-encoder" / "config.json").write_text('{"projection_dim": 1e999, "hidden_size": 32}')
+    assert kinds_of(tmp_path, replace(manifest("acme/m"), family=FAMILY))["encoder_widths"] is None
+    flux = {"num_single_layers": 1, "num_attention_heads": 1, "attention_head_dim": 1e999, "in_channels": 1}
+    text = json.dumps(flux | {"joint_attention_dim": 1, "pooled_projection_dim": 1}).replace("Infinity", "1e999")
+    assert kinds_of(tmp_path, with_config(tmp_path, text))["control_kind"] == ()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"_class_name": "UNet2DConditionModel", "block_out_channels": []}'])
 def test_a_damaged_configuration_takes_no_image_prompts(text: str, tmp_path: Path) -> None:
     """The bundle is listed, and loading it says why it does not work."""
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "config.json").write_text(text)
-    damaged = replace(
-        manifest("acme/m"), components=(Component("unet", "fp32", control="unet/control.onnx", image_prompts=True),)
-    )
-    (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "config.json").write_text('{"block_out_channels": [8]}')
-    assert kinds_of(tmp_path, damaged) == {"control_kind": (), "encoder_widths": None, "prompt_kind": None}
+    assert kinds_of(tmp_path, with_config(tmp_path, text)) == {"control_kind": (), "encoder_widths": None, "prompt_kind": None}
 
 
 def test_an_adapter_of_diffusers_unet_fits_its_bundle(bundle: Get, tiny_model: Get) -> None:

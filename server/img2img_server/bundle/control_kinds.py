@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from img2img_server.bundle.controls import FAMILY, FLUX_CLASS
-from img2img_server.bundle.files import read_json
+from img2img_server.bundle.files import DAMAGED, add_layers, read_json
 from img2img_server.bundle.image_prompts import PROMPTS_ONLY
 from img2img_server.bundle.manifest import Manifest
 from img2img_server.errors import InvalidField
@@ -68,7 +68,7 @@ def control_kind(bundle: Path, manifest: Manifest) -> ControlKind:
         folder = next(bundle / name for name in ("vae_decoder", "vae") if (bundle / name).is_dir())
         pixels = 2 ** (len(read_json(folder / "config.json")["block_out_channels"]) - 1)
         return kind_of_model(read_json(bundle / denoiser / "config.json"), pixels)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, StopIteration):
+    except (*DAMAGED, StopIteration):
         return ()
 
 
@@ -94,9 +94,9 @@ def _residuals(config: Mapping[str, Any]) -> tuple[int, ...]:
     """The channels of a UNet's skip connections, and of its middle block."""
     widths, layers = config["block_out_channels"], config["layers_per_block"]
     counts = [layers] * len(widths) if isinstance(layers, int) else layers
-    found = [widths[0]]
+    found: list[Any] = [widths[0]]
     for number, (width, count) in enumerate(zip(widths, counts, strict=True), start=1):
-        found += [width] * (count + (number < len(widths)))  # with that of the downsampling
+        add_layers(found, width, count + (number < len(widths)))  # with that of the downsampling
     return (*map(int, found), int(widths[-1]))
 
 

@@ -25,6 +25,10 @@ MOST_HEADER = 32 * 2**20
 """Maximum bytes of a safetensors header: the largest in use, with training notes in the metadata, have about 5 MiB."""
 MOST_TENSORS = 100_000
 """Maximum number of tensors in a safetensors file: the largest models have some thousands."""
+MOST_LAYERS = 10_000
+"""Maximum number of layers that a configuration may ask for, where there is an entry for each: SDXL has 70 cross-attentions."""
+DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+"""What is raised if a configuration cannot be read, or has values of other kinds than are expected: an infinite integer, too."""
 
 
 def read_json(
@@ -62,6 +66,13 @@ def read_bytes(path: Path, most: int) -> bytes:
         if found.st_size > most:
             raise ValueError(f"it has {found.st_size} bytes, the maximum is {most}")
         return file.read(most)
+
+
+def add_layers(widths: list[Any], width: Any, count: int) -> None:
+    """Adds the width of `count` more layers to `widths`. Raises ValueError for more than MOST_LAYERS."""
+    if count > MOST_LAYERS - len(widths):
+        raise ValueError(f"it has more than {MOST_LAYERS} layers")
+    widths += [width] * count
 
 
 def odd_file(folder: Path, allowed: Callable[[Path], bool] = lambda target: False) -> str | None:

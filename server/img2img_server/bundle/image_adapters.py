@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from img2img_server.bundle.adapter_files import SUFFIX, AdapterFile, AdapterFiles, AdapterProblem
-from img2img_server.bundle.files import MOST_HEADER, MOST_TENSORS, parse_json, read_json
+from img2img_server.bundle.adapter_files import SUFFIX, AdapterFiles, AdapterProblem
+from img2img_server.bundle.files import DAMAGED, MOST_FILES, MOST_HEADER, MOST_TENSORS, parse_json, read_json
 from img2img_server.bundle.image_encoders import EncoderWidths
 from img2img_server.bundle.image_prompts import layer_widths
 from img2img_server.bundle.manifest import Manifest
@@ -24,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 PROJECTION, LAYERS = "image_proj.", "ip_adapter."
 """What the names of tensors begin with: of the image projection, and of the layers' keys and values."""
 KEY, VALUE = "to_k_ip.weight", "to_v_ip.weight"
-_LAYER = re.compile(r"ip_adapter\.([0-9]{1,4})\.to_([kv])_ip\.weight")
+_LAYER = re.compile(r"ip_adapter\.([1-9][0-9]{0,3})\.to_([kv])_ip\.weight")
 _FACE_ID = frozenset({"proj.0.weight", "proj.2.weight", "norm.weight"})
 """Parts of the image projection that only FaceID adapters have all. FaceID Plus have a perceiver_resampler, both have LoRAs."""
 _MOST_VALUES = 20 * MOST_TENSORS
@@ -32,7 +32,6 @@ _MOST_SETTINGS = 2**16
 """Maximum bytes of an adapter's NAME.json."""
 _ENCODER = "image_encoder"
 """The key of an adapter's NAME.json."""
-_MOST_KEPT = 1000
 _MOST_NAME = 100
 """Maximum characters of a tensor's name or of an id in a message."""
 
@@ -101,11 +100,6 @@ class ImageAdapterFiles(AdapterFiles):
             raise AdapterProblem(needs)
         return ImageAdapterHeader(name, needs, _named_encoder(path))
 
-    def open(self, name: str) -> tuple[ImageAdapterHeader, AdapterFile]:
-        """The adapter with the id `name`, and its file with its digest, which takes long for a new file. Raises
-        AdapterProblem."""
-        return self.read(name), self.find(name)
-
 
 def needs_of(shapes: Shapes) -> AdapterNeeds:
     """What an adapter needs whose tensors have these shapes. Raises AdapterProblem for other files than IP-Adapters that read
@@ -160,7 +154,7 @@ def prompt_kind(bundle: Path, manifest: Manifest) -> PromptKind | None:
         config = read_json(bundle / denoiser.name / "config.json")
         widths = layer_widths(config)
         return PromptKind(widths, config["cross_attention_dim"]) if widths else None
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    except DAMAGED:
         return None
 
 
@@ -178,7 +172,7 @@ def difference(adapter: PromptKind, model: PromptKind | None) -> str:
     return ""
 
 
-@functools.lru_cache(_MOST_KEPT)
+@functools.lru_cache(MOST_FILES)
 def _needs(path: Path, inode: int, size: int, modified: int) -> AdapterNeeds | str:
     """What a file needs, read once for all that ask, as long as it is the same one; or its problem, which is logged."""
     try:
@@ -206,7 +200,7 @@ def _text_width(layers: Shapes) -> int:
     """The width of the tokens that all layers read. Raises AdapterProblem."""
     widths = {shape[1] if len(shape) == 2 else 0 for shape in layers.values()}
     if len(widths) != 1 or 0 in widths:
-        raise AdapterProblem(f"is damaged: its layers ({LAYERS}*) are no matrices of one width")
+        raise AdapterProblem(f"is damaged: its layers ({LAYERS}*) are not matrices of one width")
     return widths.pop()
 
 
@@ -234,7 +228,7 @@ def _side(shapes: Shapes, part: str, axis: int) -> int:
     """The length of an axis of a matrix of the image projection. Raises AdapterProblem."""
     shape = shapes.get(PROJECTION + part, ())
     if len(shape) != 2 or shape[axis] == 0:
-        raise AdapterProblem(f"is damaged: {PROJECTION}{part} is no matrix")
+        raise AdapterProblem(f"is damaged: {PROJECTION}{part} is not a matrix")
     return shape[axis]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from img2img_server.bundle.files import read_json
+from img2img_server.bundle.files import DAMAGED, read_json
 from img2img_server.bundle.manifest import Manifest
 
 FAMILY = "image-encoder"
@@ -43,5 +43,5 @@ def encoder_widths(bundle: Path, manifest: Manifest) -> EncoderWidths | None:
         return None
     try:
         return widths_of(read_json(bundle / FAMILY / "config.json"))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except DAMAGED:
         return None

@@ -9,6 +9,8 @@ imports this module, too.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from img2img_server.bundle.files import add_layers
+
 STATES, BIAS = "image_prompt_states", "image_prompt_bias"
 """The inputs of keys and values [rows, adapters, tokens, `states_width`], and of what is added to the tokens' scores [rows,
 adapters, tokens]: 0 or `PADDING`. A row without image prompts has zeros in both, which add exactly 0."""
@@ -33,7 +35,8 @@ _OTHERWISE = ("dual_cross_attention", "only_cross_attention", "mid_block_only_cr
 
 def layer_widths(config: Mapping[str, Any]) -> tuple[int, ...]:
     """The width of each cross-attention of a UNet with this config.json, in the order of diffusers' `unet.attn_processors`: that
-    of `ip_adapter.1`, `ip_adapter.3` and so on in an IP-Adapter's file. Empty if the model takes no image prompts."""
+    of `ip_adapter.1`, `ip_adapter.3` and so on in an IP-Adapter's file. Empty if the model takes no image prompts. Raises
+    ValueError for more layers than any model has, or another error if the configuration is damaged."""
     if not _is_plain(config):
         return ()
     widths, blocks = config["block_out_channels"], len(config["down_block_types"])
@@ -45,7 +48,7 @@ def layer_widths(config: Mapping[str, Any]) -> tuple[int, ...]:
     found: list[int] = []
     for kind, width, count, depth in (*down, *up, (_mid(config), widths[-1], 1, depths[-1])):
         if _BLOCKS[kind]:
-            found += [width] * sum(_each(depth, count)[:count])
+            add_layers(found, width, depth * count if isinstance(depth, int) else sum(depth[:count]))
     return tuple(found)
 
 
