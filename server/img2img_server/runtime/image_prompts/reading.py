@@ -1,6 +1,8 @@
 """Reads an IP-Adapter's file, in the layout of h94/IP-Adapter's safetensors: its image projection, and the weights that make keys
 and values of its tokens for each cross-attention of a UNet."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,9 @@ _TYPES = ("F16", "BF16", "F32")
 """Types of weights, by safetensors' names."""
 _MOST_NAME = 100
 """Maximum characters of a name in a message."""
-_MOST_ROWS = 8192
-"""Rows of the weights of keys and values that are converted to fp32 at a time."""
+_ROWS, _ROWS_ON_CPU = 8192, 256
+"""Rows of the weights of keys and values that are converted to fp32 at a time. On a CPU as many as fit its cache (2 MiB for
+SDXL), so that the converted weights are not written to main memory; for so little work, threads would wait for each other."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,8 +53,25 @@ class AdapterWeights:
         """The keys and values [N, W], in fp32, of an image's tokens. `given` is the image encoder's output for the image: hidden
         states [1, T, H] if the adapter reads them, else an embedding [1, P]."""
         tokens = self.projection(given)[0]
-        parts = (send(part, tokens.device, torch.float32) for part in torch.split(self.weight, _MOST_ROWS))
+        if tokens.device.type != "cpu":
+            return self._of(tokens, _ROWS)
+        with _one_thread():
+            return self._of(tokens, _ROWS_ON_CPU)
+
+    def _of(self, tokens: torch.Tensor, rows: int) -> torch.Tensor:
+        parts = (send(part, tokens.device, torch.float32) for part in torch.split(self.weight, rows))
         return torch.cat([functional.linear(tokens, part) for part in parts], dim=-1)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch's calls on this thread use no others within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def read_adapter(path: Path, model: PromptKind) -> AdapterWeights:
