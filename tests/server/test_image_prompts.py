@@ -307,6 +307,18 @@ def test_rows_without_image_prompts_stay_in_the_plain_graph_if_the_graphs_have_o
     assert (plain.rows, control.rows) == ([2] * 4, [4] * 4)
 
 
+def test_images_are_encoded_again_by_another_version_of_the_image_encoder(
+    model: Callable[..., Model], encoded: Counted, encoders: Companions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That in memory counts: on a replica of Ray it may be another one than the front knew."""
+    known = model("sd1")
+    batch = known.requests([MIXES[1]])
+    together(known.pipeline, batch)
+    monkeypatch.setattr(encoders.get(ENCODER, ImageEncoder), "digest", "another version")
+    together(known.pipeline, batch)
+    assert len(encoded.rows) == 4, "the image and no image, twice"
+
+
 def test_images_are_encoded_once_for_all_requests_of_a_scope(
     model: Callable[..., Model], adapters: Get, encoded: Counted, tmp_path: Path
 ) -> None:

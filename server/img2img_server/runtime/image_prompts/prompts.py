@@ -120,10 +120,12 @@ class ModelImagePrompts:
         self, index: int, use: ImagePromptUse, device: torch.device, image: Image.Image | None, key: tuple[Hashable, ...] | None
     ) -> torch.Tensor:
         """Keys and values [N, W] of the tokens of an image, None for the empty one. Cached by `key`, None for not at all."""
-        whole = None if key is None else (self._own, use.digest, use.encoder_digest, *key)
+        encoder = self._companions.get(use.encoder, ImageEncoder)
+        # The digest of the encoder in memory: on a replica of Ray, the request's may be that of another version.
+        whole = None if key is None else (self._own, use.digest, encoder.digest, *key)
         found: torch.Tensor | None = None if whole is None else self._cache.get(whole)
         if found is None:
-            encoder, adapter = self._companions.get(use.encoder, ImageEncoder), self._adapter(index, use)
+            adapter = self._adapter(index, use)
             outputs = encoder.encode_nothing() if image is None else encoder.encode([image])
             found = adapter.states(send(outputs[adapter.needs.reads_states], device))
             if whole is not None:
