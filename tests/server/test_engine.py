@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from fakes import Caller, FakePipeline, make_engine, make_request, run_out
 from img2img_server.engine.engine import Engine
-from img2img_server.engine.request import Completed, Event, Progress, Queued, Started
+from img2img_server.engine.request import Completed, Event, ImagePromptUse, Progress, Queued, Started
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import DeadlineExpired, DeadlineUnmeetable, ModelFailed, QueueFull, RequestCancelled, ShuttingDown
@@ -308,6 +308,23 @@ def test_progress_has_the_remaining_time() -> None:
     caller = Caller(engine).submit(num_inference_steps=4)
     run_out(engine)
     assert [event.eta for event in caller.events if isinstance(event, Progress)] == [3.0, 2.0, 1.0, 0.0]
+
+
+def test_encoding_image_prompts_does_not_lengthen_the_forecast_of_others() -> None:
+    """Each request with some is encoded in a call of its own, since the watchdog bounds a call."""
+    engine, pipeline, clock = make_engine(codec_seconds=1.0)
+
+    def encode() -> None:
+        clock.now += 50.0
+
+    Caller(engine).submit(num_inference_steps=1)
+    run_out(engine)
+    pipeline.before["prepare"] = encode
+    callers = [Caller(engine).submit(image_prompts=(ImagePromptUse("a", ()),)) for _ in range(2)]
+    run_out(engine)
+    assert pipeline.encoded == [1, 1, 1]
+    assert all(caller.error is None for caller in callers)
+    assert engine.costs.seconds("prepare", ("m", (8, 8)), 64, 1) == 1.0
 
 
 def test_unmeetable_deadline_is_refused_with_the_estimate() -> None:

@@ -280,7 +280,7 @@ class Executor:
     def _note(self, call: _Call, begun: float) -> None:
         """Observes a successful call, and records its cost."""
         seconds, model = self._clock() - begun, call.tickets[0].request.model
-        if call.stage in STAGES:
+        if call.stage in STAGES and not _reads_image_prompts(call.stage, call.tickets):  # others would be forecast as long
             plain = seconds / _work(call.tickets) if call.stage == "denoise" else seconds
             with self._lock:
                 self._costs.record(call.stage, (model, call.kind.shape), call.kind.pixels, call.rows, plain)
@@ -288,9 +288,12 @@ class Executor:
         self._observe(Span(call.stage, model, len(call.tickets), call.rows, begun, seconds, members))
 
     def _parts(self, stage: str, tickets: Sequence[Ticket]) -> list[Sequence[Ticket]]:
-        """Divides `tickets` into calls of no more rows than fit into memory. A request with more rows is alone."""
+        """Divides `tickets` into calls of no more rows than fit into memory. A request with more rows is alone, and so are those
+        whose images of image prompts are encoded: the watchdog bounds one call."""
         if not tickets or stage not in STAGES:
             return [tickets] if tickets else []
+        if _reads_image_prompts(stage, tickets):
+            return [[ticket] for ticket in tickets]
         with self._lock:
             fitting = self._costs.fitting_rows(stage, tickets[0].request.model, _kind(stage, tickets).pixels)
         if fitting is None:
@@ -322,6 +325,11 @@ def _rows(stage: str, tickets: Sequence[Ticket]) -> int:
     if stage == "prepare":
         return len(tickets)  # a source image is encoded once for all of its results
     return sum(ticket.next_call.rows if stage == "denoise" else len(ticket.request.seeds) for ticket in tickets)
+
+
+def _reads_image_prompts(stage: str, tickets: Sequence[Ticket]) -> bool:
+    """Whether a call of `stage` may encode images of image prompts, which can take many times as long as all else in it."""
+    return stage == "prepare" and any(ticket.request.image_prompts for ticket in tickets)
 
 
 def _kind(stage: str, tickets: Sequence[Ticket]) -> Plan | StepCall:
