@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -333,6 +334,19 @@ def test_images_are_encoded_once_for_all_requests_of_a_scope(
     assert len(encoded.rows) == 5
     together(known.pipeline, [dataclasses.replace(batch[1], cache_scope="another client")])
     assert len(encoded.rows) == 6
+
+
+def test_an_adapter_larger_than_the_cache_is_read_once_for_all_images_of_a_prompt(
+    bundle: Get, adapters: Get, encoders: Companions, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = ImageAdapterFiles(adapters("sd1"))
+    pipeline = load(bundle("sd1"), encoders, image_adapters=ImageAdapterSettings(files, Cache(1)))
+    (request,) = Model("sd1", pipeline, files).requests([MIXES[2]])
+    with caplog.at_level(logging.INFO):
+        pipeline.plan(request)
+        alone(pipeline, request)
+    assert caplog.text.count("image adapter 'plus' was read") == 2, "to check it, and for three images and no image"
+    assert "image adapter 'plus' is larger than the cache (--image-adapter-cache)" in caplog.text
 
 
 def test_an_adapter_that_was_replaced_is_refused(model: Callable[..., Model], adapters: Get, tmp_path: Path) -> None:

@@ -36,11 +36,13 @@ class AdapterFile:
 class AdapterFiles:
     """The adapters in `folder`, None for no folder. Files may be added, replaced and removed at any time. Thread-safe; blocks.
 
-    A subclass says for messages `what` they are, and the `flag` of the server that sets the folder.
+    A subclass says for messages `what` they are, and the flags of the server that set the folder (`flag`) and the memory for those
+    that were read.
     """
 
     what: ClassVar[str]
     flag: ClassVar[str]
+    cache_flag: ClassVar[str]
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -102,7 +104,7 @@ class AdapterFiles:
 class LoraFiles(AdapterFiles):
     """The folder of LoRAs."""
 
-    what, flag = "LoRA", "--loras"
+    what, flag, cache_flag = "LoRA", "--loras", "--lora-cache"
 
 
 def _exists(path: Path) -> bool:

@@ -82,7 +82,7 @@ class ImageAdapterFiles(AdapterFiles):
     """The folder of image adapters. `DIR/NAME.json`, if it exists, names the image encoder of `DIR/NAME.safetensors`:
     {"image_encoder": "ID"}."""
 
-    what, flag = "image adapter", "--image-adapters"
+    what, flag, cache_flag = "image adapter", "--image-adapters", "--image-adapter-cache"
 
     def known(self) -> Iterator[ImageAdapterHeader]:
         """The adapters that can be used, in order of id. The log has the problems of others."""

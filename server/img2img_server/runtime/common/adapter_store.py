@@ -46,6 +46,13 @@ class AdapterStore(Generic[_Adapter]):
                 raise InvalidField(field, f"{self._files.what} '{name}' {problem}") from problem
             self._cache.put(key, adapter, adapter.bytes)
             _log.info("%s '%s' was read: %.1f MB", self._files.what, name, adapter.bytes / 1e6)
+            if adapter.bytes > self._cache.budget:
+                _log.warning(
+                    "%s '%s' is larger than the cache (%s), so it is read each time it is needed, which delays other requests",
+                    self._files.what,
+                    name,
+                    self._files.cache_flag,
+                )
         return adapter
 
     def close(self) -> None:

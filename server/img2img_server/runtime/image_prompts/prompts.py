@@ -4,7 +4,8 @@ What the image encoder and the adapter make of an image, and what they make of n
 `prepare_ip_adapter_image_embeds` of diffusers' pipelines.
 """
 
-from collections.abc import Hashable, Mapping
+import functools
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -106,10 +107,11 @@ class ModelImagePrompts:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys and values [T, W] of the tokens of all images, and those of as many empty images for the negative prompt, with the
         scale in the values."""
+        read = functools.cache(lambda: self._adapter(index, use))  # once for all images, even if the cache cannot keep it
         digests = use.image_digests or (b"",) * len(use.images)
         keyed = [(image, (scope, digest) if digest else None) for image, digest in zip(use.images, digests, strict=True)]
-        positive = torch.cat([self._states(index, use, device, image, key) for image, key in keyed])
-        negative = self._states(index, use, device, None, ()).repeat(len(use.images), 1) if is_guided else None
+        positive = torch.cat([self._states(read, use, device, image, key) for image, key in keyed])
+        negative = self._states(read, use, device, None, ()).repeat(len(use.images), 1) if is_guided else None
         if use.scale == 1:
             return positive, negative
         each = torch.tensor([width for width in self._kind.layer_widths for _ in range(2)])
@@ -117,15 +119,21 @@ class ModelImagePrompts:
         return positive * scales, None if negative is None else negative * scales
 
     def _states(
-        self, index: int, use: ImagePromptUse, device: torch.device, image: Image.Image | None, key: tuple[Hashable, ...] | None
+        self,
+        read: Callable[[], AdapterWeights],
+        use: ImagePromptUse,
+        device: torch.device,
+        image: Image.Image | None,
+        key: tuple[Hashable, ...] | None,
     ) -> torch.Tensor:
-        """Keys and values [N, W] of the tokens of an image, None for the empty one. Cached by `key`, None for not at all."""
+        """Keys and values [N, W] of the tokens of an image, None for the empty one. Cached by `key`, None for not at all; `read`
+        returns the adapter."""
         encoder = self._companions.get(use.encoder, ImageEncoder)
         # The digest of the encoder in memory: on a replica of Ray, the request's may be that of another version.
         whole = None if key is None else (self._own, use.digest, encoder.digest, *key)
         found: torch.Tensor | None = None if whole is None else self._cache.get(whole)
         if found is None:
-            adapter = self._adapter(index, use)
+            adapter = read()
             outputs = encoder.encode_nothing() if image is None else encoder.encode([image])
             found = adapter.states(send(outputs[adapter.needs.reads_states], device))
             if whole is not None:
