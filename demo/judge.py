@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from painting import paint
 from PIL import Image
-from posters import Geometry, build_geometry, draw_layout, regions
+from posters import Geometry, build_geometry, draw_layout, outlines, regions
 from posterset import UNSEEN_LAYOUTS, scene_of
 from scenes import default_caption
 from scipy.ndimage import gaussian_filter, sobel
@@ -107,10 +108,7 @@ def make_cases(count: int, first: int = 100, size: int = 256) -> list[Case]:
 def edges(image: Floats) -> Floats:
     """Edge strength in the rows around the horizon, where the ridge line is; centered, of unit length."""
     grey = gaussian_filter(image @ np.array([0.2126, 0.7152, 0.0722], np.float32), len(image) / 128)
-    strength = np.hypot(sobel(grey, 0), sobel(grey, 1))[int(0.1 * len(grey)) : int(0.65 * len(grey))]
-    centered = strength - strength.mean()
-    unit: Floats = (centered / np.linalg.norm(centered)).ravel()
-    return unit
+    return _centered(np.hypot(sobel(grey, 0), sobel(grey, 1))[int(0.1 * len(grey)) : int(0.65 * len(grey))])
 
 
 def keeps_ridge(image: Floats, cases: list[Case], index: int) -> bool:
@@ -120,10 +118,26 @@ def keeps_ridge(image: Floats, cases: list[Case], index: int) -> bool:
     return int(np.argmax(likeness)) == index
 
 
+def drawn_outlines(image: Floats, cases: list[Case]) -> int:
+    """Index of the case whose outlines are most like the edges of an image."""
+    grey = gaussian_filter(image @ np.array([0.2126, 0.7152, 0.0722], np.float32), len(image) / 170)
+    strength = _centered(np.hypot(sobel(grey, 0), sobel(grey, 1)))
+    lines = (gaussian_filter(outlines(case.geometry).astype(np.float32), len(image) / 128) for case in cases)
+    return int(np.argmax([float(strength @ _centered(line)) for line in lines]))
+
+
+def _centered(values: Floats) -> Floats:
+    """As a vector, with a mean of 0 and a length of 1."""
+    centered = (values - values.mean()).ravel()
+    unit: Floats = centered / np.linalg.norm(centered)
+    return unit
+
+
 def transform(
-    pipeline: StableDiffusionImg2ImgPipeline, cases: list[Case], prompts: list[str], strength: float, batch: int = 5
+    pipeline: DiffusionPipeline, cases: list[Case], prompts: list[str], strength: float, batch: int = 5, **lists: list[Any]
 ) -> list[Floats]:
-    """Every case's source under its prompt, with the service's default steps and guidance and a seed per case."""
+    """Every case's source under its prompt, with the service's default steps and guidance and a seed per case. `lists` are
+    further arguments of the pipeline, with an item for each case."""
     images: list[Floats] = []
     for start in range(0, len(cases), batch):
         chosen = slice(start, start + batch)
@@ -135,6 +149,7 @@ def transform(
             guidance_scale=7.5,
             generator=[torch.Generator().manual_seed(index) for index in range(len(cases))[chosen]],
             output_type="np",
+            **{name: items[chosen] for name, items in lists.items()},
         ).images
         images += list(outputs.astype(np.float32))
     return images

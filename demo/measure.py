@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from autoencoder import edge_energy, encode, reconstruction_psnr
-from diffusers import StableDiffusionImg2ImgPipeline
-from judge import PHRASES, Case, Floats, keeps_ridge, make_cases, transform
+from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline, StableDiffusionImg2ImgPipeline
+from judge import PHRASES, Case, Floats, drawn_outlines, keeps_ridge, make_cases, transform
 from PIL import Image
+from posters import outlines
 from posterset import unseen_posters
 
 
@@ -41,10 +42,24 @@ def report_moods(pipeline: StableDiffusionImg2ImgPipeline, cases: list[Case]) ->
     return columns
 
 
+def report_outlines(pipeline: StableDiffusionImg2ImgPipeline, controlnet: Path, cases: list[Case]) -> None:
+    """Print in how many images of each mood the outlines are those of the layout that the ControlNet is shown, the next one, and
+    not those of the source or of any other."""
+    net = ControlNetModel.from_pretrained(controlnet, dtype=torch.float32)
+    controlled = StableDiffusionControlNetImg2ImgPipeline(**pipeline.components, controlnet=net, requires_safety_checker=False)
+    controlled.set_progress_bar_config(disable=True)
+    shown = [Image.fromarray(outlines(case.geometry)).convert("RGB") for case in cases]
+    for phrase in PHRASES.values():
+        images = transform(controlled, cases, [phrase] * len(cases), strength=0.8, control_image=[*shown[1:], shown[0]])
+        drawn = sum(drawn_outlines(image, cases) == (index + 1) % len(cases) for index, image in enumerate(images))
+        print(f"{phrase}: {drawn} of {len(cases)} have the outlines of the control image", flush=True)
+
+
 def main() -> None:
     """Parse the command line, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="pipeline to measure")
+    parser.add_argument("--controlnet", type=Path, help="a ControlNet of outlines to measure, too")
     parser.add_argument("--sheet", type=Path, help="file for a sheet: the source and its image for each bare phrase")
     parser.add_argument("--cases", type=int, default=20, help="unseen layouts")
     parser.add_argument("--rows", type=int, default=6, help="layouts on the sheet")
@@ -59,6 +74,8 @@ def main() -> None:
     half = transform(pipeline, cases, [case.caption("sunset") for case in cases], strength=0.65)
     kept = sum(keeps_ridge(image, cases, index) for index, image in enumerate(half))
     print(f"ridge line at strength 0.65: {kept} of {len(cases)} nearest to their own source")
+    if arguments.controlnet:
+        report_outlines(pipeline, arguments.controlnet, cases)
     if arguments.sheet:
         rows = [[case.source, *(column[index] for column in columns)] for index, case in enumerate(cases[: arguments.rows])]
         sheet(rows).save(arguments.sheet)

@@ -174,12 +174,14 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
 @pytest.fixture(scope="session")
 def tiny_controlnet(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
     """Gives the directory of a tiny ControlNet: "sd1-a" is one for the tiny model "sd1", and "sd1-b" another;
-    "sdxl-u" is a union, and "sd1-p" pools its residuals."""
+    "sdxl-u" is a union, and "sd1-p" pools its residuals. "demo" is that of the demo's model."""
 
     @functools.cache
     def get(name: str) -> Path:
         import tiny_controlnets
 
+        if name == "demo":
+            return DEMO_MODEL.with_name("controlnet")
         model, _, letter = name.rpartition("-")
         build = functools.partial(tiny_controlnets.build, tiny_model(model), letter=letter)
         return kept(shared, f"controlnets/{name}", Path.is_dir, build)

@@ -38,6 +38,7 @@ SOURCES = (
     "tests/conftest.py",
     "tests/short_exports.py",
     "demo/model/**/*.*",
+    "demo/controlnet/*.*",
 )
 
 

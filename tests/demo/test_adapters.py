@@ -1,4 +1,4 @@
-"""The demo model's LoRA and masks, through the server's pipeline: each changes what it is for, in one batch."""
+"""The demo model's LoRA, ControlNet and masks, through the server's pipeline: each changes what it is for, in one batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,19 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawing import alone, together
+from drawing import alone, companions, load, together
 from fakes import make_request
 from img2img_server.bundle.adapter_files import LoraFiles
-from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.cache import Cache
-from img2img_server.engine.request import LoraUse, Mask, Request
+from img2img_server.engine.request import ControlUse, LoraUse, Mask, Request
 from img2img_server.images.masks import paste
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
-from img2img_server.runtime.execution import Execution
-from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.lora.adapters import LoraSettings
-from judge import Case, Floats, make_cases
+from judge import Case, Floats, drawn_outlines, make_cases
 from PIL import Image
+from posters import outlines
 from watercolor import PAPER
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -27,21 +25,21 @@ LORAS = LoraFiles(DEMO / "loras")
 
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
-    return make_cases(1)
+    return make_cases(4)
 
 
 @pytest.fixture(scope="module")
-def pipeline(bundle: Callable[[str], Path]) -> SteppedPipeline:
-    path, loras = bundle("demo"), LoraSettings(LORAS, Cache(2**28), 8)
-    loaded = load_pipeline(path, read_manifest(path), Execution("cpu"), Cache(2**24), loras=loras)
-    assert isinstance(loaded, SteppedPipeline)
-    return loaded
+def pipeline(
+    bundle: Callable[[str], Path], control_bundle: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> SteppedPipeline:
+    nets = companions(tmp_path_factory.mktemp("companions"), {"outlines": control_bundle("demo")})
+    return load(bundle("demo"), nets, loras=LoraSettings(LORAS, Cache(2**28), 8))
 
 
 def request(case: Case, mood: str, **changes: Any) -> Request:
     source = Image.fromarray(np.round(case.source * 255).astype(np.uint8))
-    settings: dict[str, Any] = {"strength": 0.8, "num_inference_steps": 12, "guidance_scale": 5.0, "seeds": (3,)}
-    return make_request(image=source, prompt=case.caption(mood), **{**settings, **changes})
+    settings: dict[str, Any] = {"strength": 0.8, "num_inference_steps": 12, "guidance_scale": 7.5, "seeds": (3,)}
+    return make_request(image=source, **{"prompt": case.caption(mood), **settings, **changes})
 
 
 def watercolor(scale: float = 1.0) -> tuple[LoraUse, ...]:
@@ -78,3 +76,17 @@ def test_lora_and_mask_do_what_they_are_for_in_one_batch(pipeline: SteppedPipeli
         assert redrawn > 0.1
     assert np.array_equal(alone(pipeline, batch[1]), drawn[1])
     assert np.array_equal(alone(pipeline, batch[3]), drawn[3])
+
+
+def test_controlnet_draws_the_outlines_of_another_layout_with_and_without_the_lora(
+    pipeline: SteppedPipeline, cases: list[Case]
+) -> None:
+    shown = [Image.fromarray(outlines(case.geometry)).convert("RGB") for case in cases]
+    batch = [
+        request(cases[0], "sunset", controls=(ControlUse("outlines", shown[1]),)),
+        request(cases[2], "sunset", controls=(ControlUse("outlines", shown[1]),), loras=watercolor()),
+        request(cases[2], "sunset"),
+    ]
+    drawn = [image.astype(np.float32) / np.float32(255) for image in together(pipeline, batch)]
+    assert [drawn_outlines(image, cases) for image in drawn] == [1, 1, 2]
+    assert border(drawn[1]) < 0.08
