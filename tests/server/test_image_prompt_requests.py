@@ -192,7 +192,12 @@ BAD: dict[str, tuple[list[pb.ImagePrompt], str, str]] = {
     ),
     "a wrong NAME.json": ([prompt("wrong")], "image_prompts[0].adapter", "'wrong' has a file wrong.json that is wrong"),
     "no image": ([pb.ImagePrompt(adapter="plain")], "image_prompts[0].images", "there is no image"),
-    "nine images": ([prompt("plain", *[A] * 9)], "image_prompts[0].images", "there are 9, the maximum is 8"),
+    "nine images": ([prompt("plain", *[A] * 9)], "image_prompts[0].images", "there are 9: the maximum is 8 in a request"),
+    "nine images of two prompts": (
+        [prompt("plain", *[A] * 5), prompt("plain", *[A] * 4)],
+        "image_prompts[1].images",
+        "there are 9, with those of the image prompts before it: the maximum is 8",
+    ),
     "an empty source": ([prompt("plain", A, pb.ImageSource())], "image_prompts[0].images[1]", "the image is missing"),
     "no image file": ([prompt("plain", pb.ImageSource(data=b"text"))], "image_prompts[0].images[0].data", "is not an image"),
     "an address": ([prompt("plain", pb.ImageSource(uri="canny.png"))], "image_prompts[0].images[0].uri", ""),

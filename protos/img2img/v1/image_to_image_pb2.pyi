@@ -465,7 +465,7 @@ class ImagePrompt(_message.Message):
     """The factor of their effect, -10 to 10; at 0 they have none. Default: 1."""
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageSource]:
-        """The images, at most 8, in any size. Together, and with those of the request's other image prompts, they have at most twice the
+        """The images, in any size. Together with those of the request's other image prompts they are at most 8, and have at most twice the
         bytes and twice the pixels that one image may have. Required.
         """
 

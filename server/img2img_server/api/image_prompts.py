@@ -21,7 +21,8 @@ from img2img_server.sources.reading import Sources
 
 MOST_PROMPTS = 4
 MOST_IMAGES = 8
-"""Maximum number of images of one image prompt."""
+"""Maximum number of images of a request's image prompts together. The engine's thread encodes the new ones in one call, while
+other requests wait."""
 _FIELD = "image_prompts"
 _SHOWN = 100
 """Maximum characters of an id in an error message."""
@@ -38,14 +39,17 @@ class FoundAdapter:
 def check_image_prompts(message: pb.TransformRequest, sources: Sources) -> None:
     """Checks the fields of a message's image prompts, at most MOST_PROMPTS (request_fields.py), without reading images. Raises
     InvalidField, or NotSupported for images that cannot be read."""
+    total = 0
     for index, prompt in enumerate(message.image_prompts):
         field = f"{_FIELD}[{index}]"
+        total += len(prompt.images)
         if not prompt.adapter:
             raise InvalidField(f"{field}.adapter", "no image adapter is named: set one of the model's image_adapters")
         if not prompt.images:
             raise InvalidField(f"{field}.images", "there is no image: send at least one")
-        if len(prompt.images) > MOST_IMAGES:
-            raise InvalidField(f"{field}.images", f"there are {len(prompt.images)}, the maximum is {MOST_IMAGES}")
+        if total > MOST_IMAGES:
+            so_far = f"there are {total}, with those of the image prompts before it" if index else f"there are {total}"
+            raise InvalidField(f"{field}.images", f"{so_far}: the maximum is {MOST_IMAGES} in a request")
         for number, image in enumerate(prompt.images):
             sources.check(image, f"{field}.images[{number}]")
         scale = _scale(prompt)
