@@ -202,14 +202,14 @@ class OnnxDenoiser(OnnxModule):
         if self.tokens is not None:
             made = self.tokens.output(bound, *self.predict(**self.tokens.inputs(bound)))
             return _denoised(made) if bound.get("return_dict", True) else (made,)
-        tensors = self._tensors(bound)
-        sample = next(iter(self._outputs(tensors).values()))
+        graph, tensors = self._graph_for(self._tensors(bound))
+        sample = next(iter(graph(**tensors).values()))
         return _denoised(sample) if bound.get("return_dict", True) else (sample,)
 
     def predict_with_features(self, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction for arguments of `forward`, and the deep features, for `predict_light`."""
-        tensors = self._tensors(named)
-        outputs = self._outputs(tensors)
+        graph, tensors = self._graph_for(self._tensors(named))
+        outputs = graph(**tensors)
         return next(iter(outputs.values())), outputs[FEATURES]
 
     def predict_light(self, features: torch.Tensor, **named: Any) -> torch.Tensor:
@@ -217,12 +217,12 @@ class OnnxDenoiser(OnnxModule):
         assert self._light is not None, "there is a light graph"
         return next(iter(self._light(**self._tensors(named), **{FEATURES: features}).values()))
 
-    def _outputs(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The outputs for these inputs by name, of the graph that takes them."""
+    def _graph_for(self, tensors: dict[str, torch.Tensor]) -> tuple[Graph, dict[str, torch.Tensor]]:
+        """The graph that takes these inputs, and all of its inputs."""
         if self.control is None or not needs_control_graph(tensors):
-            return self._graph(**tensors)
+            return self._graph, tensors
         graph = self.control.get()
-        return graph(**tensors, **missing_inputs(graph.input_types, graph.widths, tensors))
+        return graph, tensors | missing_inputs(graph.input_types, graph.widths, tensors)
 
     def _tensors(self, bound: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The graph's inputs for arguments of `forward`."""
