@@ -1,11 +1,11 @@
 """The control images of a request: checked, their ControlNets found, and the images read at the result's size."""
 
-import math
 from collections.abc import Sequence
 
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server.api.image_files import held
+from img2img_server.api.scales import check_scale, scale_of
 from img2img_server.bundle.control_kinds import check_fit
 from img2img_server.bundle.controls import FAMILY, MODE
 from img2img_server.codecs.jobs import LoadImage
@@ -17,7 +17,6 @@ from img2img_server.models.registry import Model
 from img2img_server.sources.reading import Sources
 
 MOST_CONTROLS = 4
-MAX_SCALE = 10.0
 _NUMBERS = ("scale", "start", "end", MODE)
 
 
@@ -29,9 +28,8 @@ def check_controls(message: pb.TransformRequest, sources: Sources, names_nets: b
         if names_nets and control.model == pb.ModelReference():
             raise InvalidField(f"{field}.model", f"no model is named: set one of the family {FAMILY}, as ListModels lists them")
         sources.check(control.image, f"{field}.image")
-        scale, start, end = numbers_of(control)
-        if not (math.isfinite(scale) and abs(scale) <= MAX_SCALE):
-            raise InvalidField(f"{field}.scale", f"{scale:g} is not in {-MAX_SCALE:g} to {MAX_SCALE:g}")
+        check_scale(control, field)
+        _, start, end = numbers_of(control)
         if not 0 <= start < 1:
             raise InvalidField(f"{field}.start", f"{start:g} is not in 0 to 1, below 1")
         if not start < end <= 1:
@@ -41,7 +39,7 @@ def check_controls(message: pb.TransformRequest, sources: Sources, names_nets: b
 def numbers_of(control: pb.Control) -> tuple[float, float, float]:
     """The scale, start and end of a control, with defaults."""
     return (
-        control.scale if control.HasField("scale") else 1.0,
+        scale_of(control),
         control.start if control.HasField("start") else 0.0,
         control.end if control.HasField("end") else 1.0,
     )

@@ -1,14 +1,14 @@
 """The image prompts of a request: checked, their adapters found in the server's folder, and their images read as the squares that
 the adapters' image encoders read."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server.api.image_files import ImageFiles
-from img2img_server.api.loras import MAX_SCALE, scaled_ids
+from img2img_server.api.loras import scaled_ids
+from img2img_server.api.scales import check_scale, scale_of
 from img2img_server.bundle.adapter_files import AdapterProblem
 from img2img_server.bundle.image_adapters import ImageAdapterFiles, ImageAdapterHeader, difference
 from img2img_server.codecs.jobs import LoadReference
@@ -52,9 +52,7 @@ def check_image_prompts(message: pb.TransformRequest, sources: Sources) -> None:
             raise InvalidField(f"{field}.images", f"{so_far}: the maximum is {MOST_IMAGES} in a request")
         for number, image in enumerate(prompt.images):
             sources.check(image, f"{field}.images[{number}]")
-        scale = _scale(prompt)
-        if not (math.isfinite(scale) and abs(scale) <= MAX_SCALE):
-            raise InvalidField(f"{field}.scale", f"{scale:g} is not in {-MAX_SCALE:g} to {MAX_SCALE:g}")
+        check_scale(prompt, field)
 
 
 def find_adapters(prompts: Sequence[pb.ImagePrompt], files: ImageAdapterFiles, used: Model) -> list[FoundAdapter]:
@@ -95,10 +93,6 @@ def add_images(prompts: Iterable[pb.ImagePrompt], images: Sequence[pb.ImageSourc
         prompt.images.append(image)
 
 
-def _scale(prompt: pb.ImagePrompt) -> float:
-    return prompt.scale if prompt.HasField("scale") else 1.0
-
-
 class ImagePrompts:
     """Reads the images of image prompts. Those that are fetched take together as many `seconds` as one image may."""
 
@@ -125,5 +119,5 @@ class ImagePrompts:
                 squares.append((image, digest))
             images, digests = zip(*squares, strict=True)
             bundle = "" if encoder.manifest is None else encoder.manifest.digest
-            found.append(ImagePromptUse(one.adapter.id, images, _scale(prompt), one.digest, encoder.id, bundle, digests))
+            found.append(ImagePromptUse(one.adapter.id, images, scale_of(prompt), one.digest, encoder.id, bundle, digests))
         return tuple(found)

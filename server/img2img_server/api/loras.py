@@ -1,16 +1,15 @@
 """The LoRAs of a request: parsed from text, checked, and found in the server's folder."""
 
-import math
 from collections.abc import Sequence
 
 from img2img.v1 import image_to_image_pb2 as pb
 
+from img2img_server.api.scales import check_scale, scale_of
 from img2img_server.bundle.adapter_files import AdapterProblem, LoraFiles
 from img2img_server.engine.request import LoraUse
 from img2img_server.errors import InvalidField
 
 MOST_LORAS = 8
-MAX_SCALE = 10.0
 _SHOWN = 100
 """Maximum characters of an id in an error message."""
 
@@ -25,9 +24,7 @@ def check_loras(message: pb.TransformRequest) -> None:
             name = lora.id[:_SHOWN]
             raise InvalidField(f"loras[{index}].id", f"LoRA '{name}' is also loras[{seen[lora.id]}]: name each LoRA once")
         seen[lora.id] = index
-        scale = _scale(lora)
-        if not (math.isfinite(scale) and abs(scale) <= MAX_SCALE):
-            raise InvalidField(f"loras[{index}].scale", f"{scale:g} is not in {-MAX_SCALE:g} to {MAX_SCALE:g}")
+        check_scale(lora, f"loras[{index}]")
 
 
 def find_loras(loras: Sequence[pb.Lora], files: LoraFiles) -> tuple[LoraUse, ...]:
@@ -35,7 +32,7 @@ def find_loras(loras: Sequence[pb.Lora], files: LoraFiles) -> tuple[LoraUse, ...
     found = []
     for index, lora in enumerate(loras):
         try:
-            found.append(LoraUse(lora.id, _scale(lora), files.find(lora.id).digest))
+            found.append(LoraUse(lora.id, scale_of(lora), files.find(lora.id).digest))
         except AdapterProblem as problem:
             raise InvalidField(f"loras[{index}].id", f"LoRA '{lora.id[:_SHOWN]}' {problem}") from None
     return tuple(found)
@@ -60,7 +57,3 @@ def _scaled_id(text: str, field: str) -> tuple[str, float | None]:
         return (name, float(last)) if colon else (text, None)
     except ValueError:
         return text, None
-
-
-def _scale(lora: pb.Lora) -> float:
-    return lora.scale if lora.HasField("scale") else 1.0

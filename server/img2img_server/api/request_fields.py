@@ -12,9 +12,10 @@ from typing import Any
 from img2img.v1 import image_to_image_pb2 as pb
 from img2img.v1 import model_pb2
 
-from img2img_server.api.controls import MAX_SCALE, MOST_CONTROLS
+from img2img_server.api.controls import MOST_CONTROLS
 from img2img_server.api.image_prompts import MOST_IMAGES, MOST_PROMPTS
 from img2img_server.api.loras import MOST_LORAS
+from img2img_server.api.scales import MAX_SCALE
 from img2img_server.config import (
     DEFAULT_GUIDANCE,
     DEFAULT_PROMPT,
