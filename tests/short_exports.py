@@ -37,7 +37,7 @@ def without_further_graphs(loras: bool = False, controls: bool = False) -> Itera
     asked for."""
     with (
         nullcontext() if loras else patch.object(attempts, "DENOISERS", ()),
-        nullcontext() if controls else patch.object(attempts, "WITH_CONTROLS", ()),
+        nullcontext() if controls else patch.object(attempts, "CONTROL_GRAPHS", ()),
     ):
         yield
 

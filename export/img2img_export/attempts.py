@@ -42,10 +42,12 @@ from img2img_export.verify.recorded_inputs import Calls, Recorder
 
 _log = logging.getLogger(__name__)
 
-WITH_CONTROLS = ("stable-diffusion", "stable-diffusion-xl", *PROMPTS_ONLY)
-"""The families that have a control graph: their requests may have image prompts, and some ControlNets."""
+CONTROLNETS = ("stable-diffusion", "stable-diffusion-xl")
+"""The families whose requests may have ControlNets, and image prompts."""
+CONTROL_GRAPHS = (*CONTROLNETS, *PROMPTS_ONLY)
+"""The families that have a control graph."""
 CONTROLS_IF_ASKED = ("flux",)
-"""Those whose graphs for them are made if the options ask for them: a transformer takes long to trace and to compare."""
+"""Families that have one if the options ask for it: a transformer takes long to trace and to compare."""
 _AIM_DB = 25.0
 """PSNR of the worst image below which a graph in static int8 is quantized less. The limit is lower."""
 _REFERENCES = "verification/references"
@@ -85,7 +87,7 @@ def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, pro
     loader = Loader(source, layout, options.variant)
     *plans, last = models.plans_for(layout, options.backend)
     family = (*plans, last)[0].family
-    if options.control_graphs and (family in PROMPTS_ONLY or family not in (*WITH_CONTROLS, *CONTROLS_IF_ASKED)):
+    if options.control_graphs and family not in (*CONTROLNETS, *CONTROLS_IF_ASKED):
         raise ExportError(f"--control-graphs: there are no ControlNets for models of the family {family}")
     drawn = draw(loader, plans[0] if plans else last, options, progress)
     release_memory()
@@ -122,7 +124,7 @@ def _attempt(
     # Only families that the server steps take LoRAs per request, and only if the denoiser is a graph.
     lora_graphs = options.lora_graphs and plan.family != models.WHOLE and not set(DENOISERS).isdisjoint(plan.graphs)
     options = dataclasses.replace(options, lora_graphs=lora_graphs)
-    has_controls = plan.family in (*WITH_CONTROLS, *(CONTROLS_IF_ASKED if options.control_graphs else ()))
+    has_controls = plan.family in (*CONTROL_GRAPHS, *(CONTROLS_IF_ASKED if options.control_graphs else ()))
     converter = Converter(loader, drawn.calls, options, bundle, progress, control_graphs=has_controls)
     made = {part.component.name: part for component in plan.graphs for part in converter.convert(component)}
     progress.stage("saving the rest of the pipeline" if plan.graphs else "saving the PyTorch pipeline")
