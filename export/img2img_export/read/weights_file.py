@@ -5,13 +5,12 @@ Such files are unfinished downloads, git-lfs pointers, pickles or login pages. S
 
 import math
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from img2img_server.bundle.files import MOST_HEADER, MOST_TENSORS
+from img2img_server.bundle.files import MOST_TENSORS, read_safetensors_header
 
 from img2img_export.errors import ExportError, first_line
 from img2img_export.read.texts import parse_json
@@ -84,20 +83,14 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if found := _other_format(path):
         raise ExportError(f"{path} {found}")
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > MOST_HEADER:
-                raise ValueError("its header is too long")
-            if 8 + length > size:
-                raise ExportError(_truncated(path, size, 8 + length))
-            header = file.read(length)
-            if header.count(b"data_offsets") > MOST_TENSORS:
-                raise ValueError(f"it has more than {MOST_TENSORS} tensors")
-            data = parse_json(header, _MOST_VALUES)
+        header, length = read_safetensors_header(path)
+        if 8 + length > size:
+            raise ExportError(_truncated(path, size, 8 + length))
+        data = parse_json(header, _MOST_VALUES)
         notes = data.pop("__metadata__", {})
         named = 8 + length + max((item["data_offsets"][1] for item in data.values()), default=0)
         tensors = {name: TensorInfo(item["dtype"], tuple(item["shape"])) for name, item in data.items()}
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ExportError(f"{path} is damaged or not a safetensors file: {first_line(error)}") from None
     if named > size:
         raise ExportError(_truncated(path, size, named))

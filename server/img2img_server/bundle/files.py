@@ -53,6 +53,19 @@ def parse_json(data: bytes | str, most_values: int = MOST_VALUES, pairs: Callabl
         raise ValueError("it is nested too deeply") from None
 
 
+def read_safetensors_header(path: Path) -> tuple[bytes, int]:
+    """The JSON text of a safetensors file's header, and the length that it should have: a truncated file has less. Raises
+    OSError, and ValueError if the header is too long or lists too many tensors."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MOST_HEADER:
+            raise ValueError(f"its header has more than {MOST_HEADER} bytes")
+        header = file.read(length)
+    if header.count(b"data_offsets") > MOST_TENSORS:
+        raise ValueError(f"it has more than {MOST_TENSORS} tensors")
+    return header, length
+
+
 def read_bytes(path: Path, most: int) -> bytes:
     """Reads a regular file. Raises OSError, and ValueError if it is another kind of file or has more than `most` bytes.
 

@@ -4,14 +4,13 @@ shapes of its tensors, so nothing is loaded to find out. Standard library only."
 import functools
 import logging
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from img2img_server.bundle.adapter_files import SUFFIX, AdapterFiles, AdapterProblem
-from img2img_server.bundle.files import DAMAGED, MOST_FILES, MOST_HEADER, MOST_TENSORS, parse_json, read_json
+from img2img_server.bundle.files import DAMAGED, MOST_FILES, MOST_TENSORS, parse_json, read_json, read_safetensors_header
 from img2img_server.bundle.image_encoders import EncoderWidths
 from img2img_server.bundle.image_prompts import layer_widths
 from img2img_server.bundle.manifest import Manifest
@@ -128,19 +127,13 @@ def needs_of(shapes: Shapes) -> AdapterNeeds:
 def read_shapes(path: Path) -> Shapes:
     """The shapes of the tensors in a safetensors file, by its header. Raises AdapterProblem."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > MOST_HEADER:
-                raise ValueError("its header is too long")
-            header = file.read(length)
-        if header.count(b"data_offsets") > MOST_TENSORS:
-            raise ValueError(f"it has more than {MOST_TENSORS} tensors")
+        header, _ = read_safetensors_header(path)
         items = parse_json(header, _MOST_VALUES)
         items.pop("__metadata__", None)
         return {name: tuple(map(_number, item["shape"])) for name, item in items.items()}
     except OSError as error:
         raise AdapterProblem(f"cannot be read: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise AdapterProblem("is damaged or not a safetensors file: download or copy it again") from None
 
 

@@ -5,7 +5,6 @@ they read the files. Modules are loaded in `within`: construction fails as soon 
 """
 
 import math
-import struct
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules import module
 
-from img2img_server.bundle.files import MOST_HEADER, MOST_TENSORS
+from img2img_server.bundle.files import read_safetensors_header
 
 _SLACK_NUMBERS, _SLACK_PARTS = 2**24, 4096
 _NUMBERS, _PARTS = 4, 16
@@ -78,10 +77,10 @@ def within(files: Iterable[Path]) -> Iterator[None]:
 def _measure(path: Path) -> tuple[int, int]:
     """The number of tensors in a safetensors file and of the numbers in them; its library checks the header. Raises
     ValueError."""
-    with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
-        if length > MOST_HEADER or file.read(length).count(b"data_offsets") > MOST_TENSORS:
-            raise ValueError(f"{path} has a header of more than {MOST_HEADER} bytes or {MOST_TENSORS} tensors: download it again")
+    try:
+        read_safetensors_header(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; download it again") from None
     try:
         with safe_open(path, "pt") as weights:
             shapes = [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118 - no mapping
