@@ -6,20 +6,13 @@ their numbers make no difference to the time; so are the weights of adapters for
 """
 
 import argparse
-import gc
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import bench_steps
 
-ROOT = Path(__file__).resolve().parent.parent
-BUNDLE = ROOT / ".demo" / "models" / "demo"
-_NONE = "none: the plain graph"
 _PROMPTS = {
     "1 adapter of 4 tokens in all rows": (1, 4),
     "1 adapter of 16 tokens": (1, 16),
@@ -33,37 +26,18 @@ _ADAPTERS = {"Stable Diffusion 1.5, 4 tokens": (12_480, 768, 1024, 4), "SDXL, 4 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this sub-command."""
-    parser.add_argument(
-        "--bundle", type=Path, default=BUNDLE, metavar="DIR", help="a bundle that takes image prompts (default: the demo model's)"
-    )
-    parser.add_argument("--rows", type=int, default=8, metavar="N", help="rows of a call (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="calls of each variant (default: %(default)s)")
+    bench_steps.configure(parser, "a bundle that takes image prompts")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures the variants and prints a table: medians and minima in milliseconds."""
     pipeline, plain = _load(arguments.bundle, arguments.rows)
-    variants: dict[str, Callable[[], Any]] = {_NONE: lambda: pipeline.denoise(plain)}
+    variants: dict[str, Callable[[], Any]] = {"none: the plain graph": lambda: pipeline.denoise(plain)}
     for name, (adapters, tokens) in _PROMPTS.items():
         variants[name] = partial(pipeline.denoise, _with_prompts(pipeline, arguments.rows, adapters, tokens))
     for name, (widths, text, ins, count) in _ADAPTERS.items():
         variants[f"to make keys and values: {name}"] = _adapter(widths, text, ins, count)
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(arguments.rounds + 1):
-        for name, call in variants.items():
-            gc.disable()
-            begun = time.perf_counter()
-            call()
-            seconds = time.perf_counter() - begun
-            gc.enable()
-            if number:  # the first call opens and allocates
-                times[name].append(seconds * 1e3)
-    base = times[_NONE]
-    table = Table("variant", "median", "minimum", "to none", title=f"milliseconds of a step of {arguments.rows} rows")
-    for name, measured in times.items():
-        ratio = statistics.median(one / other for one, other in zip(measured, base, strict=True))
-        table.add_row(name, f"{statistics.median(measured):.1f}", f"{min(measured):.1f}", f"{ratio:.2f}")
-    Console(width=120).print(table)
+    bench_steps.measure(variants, arguments)
     return 0
 
 

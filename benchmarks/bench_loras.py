@@ -7,20 +7,14 @@ rank 16 in every layer that requests can adapt, without or with the 3 x 3 convol
 """
 
 import argparse
-import gc
 import math
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import bench_steps
 
-ROOT = Path(__file__).resolve().parent.parent
-BUNDLE = ROOT / ".demo" / "models" / "demo"
 _RANK = 16
 _KERNELS = "convolved-"
 """The beginning of the names of LoRAs that adapt 3 x 3 convolutions, too."""
@@ -28,11 +22,7 @@ _KERNELS = "convolved-"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this sub-command."""
-    parser.add_argument(
-        "--bundle", type=Path, default=BUNDLE, metavar="DIR", help="a bundle with LoRA graphs (default: the demo model's)"
-    )
-    parser.add_argument("--rows", type=int, default=8, metavar="N", help="rows of a call (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="calls of each variant (default: %(default)s)")
+    bench_steps.configure(parser, "a bundle with LoRA graphs")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,22 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.rows} fused models, a call each": lambda: [pipeline.denoise([state]) for state in plain],
             "to open one session with fused weights": lambda: open_session(graph, SessionOptions("cpu", threads)),
         }
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        for number in range(arguments.rounds + 1):
-            for name, call in variants.items():
-                gc.disable()
-                begun = time.perf_counter()
-                call()
-                seconds = time.perf_counter() - begun
-                gc.enable()
-                if number:  # the first call fills slots and allocates
-                    times[name].append(seconds * 1e3)
-    base = times["none: the plain graph"]
-    table = Table("variant", "median", "minimum", "to none", title=f"milliseconds of a step of {arguments.rows} rows")
-    for name, measured in times.items():
-        ratio = statistics.median(one / other for one, other in zip(measured, base, strict=True))
-        table.add_row(name, f"{statistics.median(measured):.1f}", f"{min(measured):.1f}", f"{ratio:.2f}")
-    Console(width=120).print(table)
+        bench_steps.measure(variants, arguments)
     return 0
 
 
