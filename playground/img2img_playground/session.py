@@ -120,10 +120,8 @@ class Session:
 
     def add_reference(self, data: bytes, name: str) -> None:
         """Adds a file to the references; shows a failure if it cannot be used."""
-        try:
-            image = read_image(data, name)
-        except UnusableImage as error:
-            self.fail(Failure("The image cannot be used as a reference.", str(error), "reference_images"))
+        image = self._read(data, name, "a reference", "reference_images")
+        if image is None:
             return
         if len(self.extras.references) < self.most_references:
             self.extras = replace(self.extras, references=(*self.extras.references, image))
@@ -147,10 +145,8 @@ class Session:
     def add_control(self, data: bytes, name: str) -> None:
         """Adds a file to the control images, for the ControlNet of the last one or the first that fits, or for the model itself;
         shows a failure if it cannot be used."""
-        try:
-            image = read_image(data, name)
-        except UnusableImage as error:
-            self.fail(Failure("The image cannot be used as a control image.", str(error), "controls"))
+        image = self._read(data, name, "a control image", "controls")
+        if image is None:
             return
         controls = self.extras.controls
         known = ("",) if not names_controlnets(self.model) else (*(one.model for one in controls[-1:]), *self.controlnets)
@@ -174,10 +170,8 @@ class Session:
     def add_prompt_image(self, data: bytes, name: str, prompt_id: str) -> None:
         """Adds a file to the image prompt with this id, or to a new one, for the adapter of the last one or the first that fits;
         shows a failure if it cannot be used."""
-        try:
-            image = read_image(data, name)
-        except UnusableImage as error:
-            self.fail(Failure("The image cannot be used as an image prompt.", str(error), "image_prompts"))
+        image = self._read(data, name, "an image prompt", "image_prompts")
+        if image is None:
             return
         prompts, most = self.extras.prompts, most_prompt_images(self.model)
         found = next((one for one in prompts if one.id == prompt_id), None)
@@ -209,6 +203,14 @@ class Session:
     def _set_prompt(self, prompt: PromptImages) -> None:
         prompts = tuple(prompt if one.id == prompt.id else one for one in self.extras.prompts)
         self.extras = replace(self.extras, prompts=prompts)
+
+    def _read(self, data: bytes, name: str, what: str, field: str) -> ImageFile | None:
+        """A file's image; shows a failure and returns None if it cannot be used as `what` in this field of a request."""
+        try:
+            return read_image(data, name)
+        except UnusableImage as error:
+            self.fail(Failure(f"The image cannot be used as {what}.", str(error), field))
+            return None
 
     def _mend(self, field: str) -> None:
         if self.failure is not None and self.failure.field == field:
