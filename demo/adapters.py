@@ -4,7 +4,6 @@ Both keep the model's weights and its text encoder. The LoRA sees posters painte
 the style. The ControlNet sees the outlines of the target's layout, so that they, and not the source, say where the ridges are.
 """
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from posters import build_geometry, draw_layout, outlines
 from posterset import AUGMENTED, TRAINING_LAYOUTS, PosterSet
 from saving import prepare_for_publishing
+from steps import run_steps
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 from watercolor import paint_watercolor
@@ -114,24 +114,19 @@ def _train(
     """Train `parameters` so that `predict` gives the velocity, from the checkpoint in `work` if any."""
     weights, alphas = nn.ParameterList(parameters), build_scheduler().alphas_cumprod
     adamw = torch.optim.AdamW(weights, recipe.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    checkpoint = Checkpoint(work / f"{name}.pt", {"weights": weights, "adamw": adamw})
-    started, smooth, first = time.monotonic(), 1.0, checkpoint.restore()
-    for step in range(first, recipe.steps):
+
+    def loss(step: int) -> Tensor:
         random = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         batch = draw_batch(data, alphas, recipe.mixture, min(recipe.strip_width, data.latents.shape[-1]), random)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 states = text_encoder(batch.token_ids)[0]
             predicted = predict(batch, states)
-        loss = (predicted.float() - batch.target).square().mean()
-        adamw.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        return (predicted.float() - batch.target).square().mean()
+
+    def factor(step: int) -> float:
         done = (step + 1) / recipe.steps
-        adamw.param_groups[0]["lr"] = recipe.rate * min(1.0, 10 * done, 2 * (1 - done) + 1 / recipe.steps)
-        adamw.step()
-        smooth += (loss.item() - smooth) * max(0.02, 1 / (step - first + 1))
-        if (step + 1) % 25 == 0 or step + 1 == recipe.steps:
-            print(f"{name} {step + 1}/{recipe.steps} loss {smooth:.4f} {time.monotonic() - started:.0f} s", flush=True)
-        if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
-            checkpoint.save(step + 1)
+        return min(1.0, 10 * done, 2 * (1 - done) + 1 / recipe.steps)
+
+    checkpoint = Checkpoint(work / f"{name}.pt", {"weights": weights, "adamw": adamw})
+    run_steps(name, recipe.steps, loss, weights, [(adamw, recipe.rate)], factor, checkpoint)

@@ -1,6 +1,5 @@
 """The demo model's autoencoder: posters of 256 x 256 <-> latents of 16 x 32 x 32."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from checkpoints import Checkpoint
 from diffusers import AutoencoderKL
 from muon import Muon, split_for_muon
 from numpy.typing import NDArray
+from steps import run_steps
 from torch import Tensor
 from torch.nn import functional
 
@@ -179,26 +179,30 @@ def train_autoencoder(pixels: Pixels, unseen: Pixels, recipe: AutoencoderRecipe,
     adamw = torch.optim.AdamW(outer, recipe.adamw_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     optimizers = {"muon": (Muon(inner, recipe.muon_rate), recipe.muon_rate), "adamw": (adamw, recipe.adamw_rate)}
     parts = {"vae": vae, "average": average, **{name: optimizer for name, (optimizer, _) in optimizers.items()}}
-    checkpoint = Checkpoint(work / "autoencoder.pt", parts)
     parameters, averaged = list(vae.parameters()), list(average.parameters())
-    started, first = time.monotonic(), checkpoint.restore()
     vae.train()
-    for step in range(first, recipe.steps):
-        factor = min(1.0, (step + 1) / 40, 0.01 + (1 - step / recipe.steps) / recipe.falling_share)
+
+    def loss(step: int) -> Tensor:
         torch.manual_seed(recipe.seed * 1_000_003 + step)
-        loss = _loss(vae, _draw_batch(pixels, recipe, step), recipe)
-        vae.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer, rate in optimizers.values():
-            optimizer.param_groups[0]["lr"] = rate * factor
-            optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, parameters, 1 - min(0.995, (step + 1) / (step + 20)))
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.steps:
-            checkpoint.save(step + 1)
-            quality = reconstruction_psnr(average, unseen)
-            print(f"autoencoder {step + 1}/{recipe.steps} {quality:.2f} dB {time.monotonic() - started:.0f} s", flush=True)
+        return _loss(vae, _draw_batch(pixels, recipe, step), recipe)
+
+    @torch.no_grad()
+    def follow(step: int) -> None:
+        torch._foreach_lerp_(averaged, parameters, 1 - min(0.995, (step + 1) / (step + 20)))
+
+    run_steps(
+        "autoencoder",
+        recipe.steps,
+        loss,
+        parameters,
+        optimizers.values(),
+        lambda step: min(1.0, (step + 1) / 40, 0.01 + (1 - step / recipe.steps) / recipe.falling_share),
+        Checkpoint(work / "autoencoder.pt", parts),
+        every=CHECKPOINT_EVERY,
+        shown=0,
+        after=follow,
+        saved=lambda: f"{reconstruction_psnr(average, unseen):.2f} dB",
+    )
     average.eval()
     even_out(average, encode(average, pixels[:: max(1, len(pixels) // 256)]))
     return average
@@ -211,10 +215,9 @@ def sharpen_decoder(vae: AutoencoderKL, pixels: Pixels, unseen: Pixels, recipe: 
     adamw = torch.optim.AdamW(outer, recipe.adamw_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     optimizers = {"muon": (Muon(inner, recipe.muon_rate), recipe.muon_rate), "adamw": (adamw, recipe.adamw_rate)}
     parts = {"vae": vae, **{name: optimizer for name, (optimizer, _) in optimizers.items()}}
-    checkpoint = Checkpoint(work / "decoder.pt", parts)
     vae.to(memory_format=torch.channels_last)
-    started, parameters, first = time.monotonic(), [*inner, *outer], checkpoint.restore()
-    for step in range(first, recipe.steps):
+
+    def loss(step: int) -> Tensor:
         torch.manual_seed(recipe.seed * 1_000_003 + step)
         image = _draw_batch(pixels, recipe, step)
         with torch.autocast("cpu", torch.bfloat16):
@@ -222,19 +225,22 @@ def sharpen_decoder(vae: AutoencoderKL, pixels: Pixels, unseen: Pixels, recipe: 
                 latents = vae.encode(image).latent_dist.mean
             output = vae.decode(latents + recipe.latent_noise * torch.randn_like(latents)).sample
         difference = output.float() - image
-        loss = difference.abs().mean() + recipe.edge_weight * edge_loss(difference)
-        loss = loss + recipe.energy_weight * energy_loss(output.float(), image)
-        loss = loss + recipe.ratio_weight * energy_ratio_loss(output.float(), image)
-        vae.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer, rate in optimizers.values():
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 40, 0.01 + 1.5 * (1 - (step + 1) / recipe.steps))
-            optimizer.step()
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.steps:
-            checkpoint.save(step + 1)
-            figures = f"{reconstruction_psnr(vae, unseen):.2f} dB, edges with {edge_energy(vae, unseen):.2f} of their energy"
-            print(f"decoder {step + 1}/{recipe.steps} {figures} {time.monotonic() - started:.0f} s", flush=True)
+        total: Tensor = difference.abs().mean() + recipe.edge_weight * edge_loss(difference)
+        total = total + recipe.energy_weight * energy_loss(output.float(), image)
+        return total + recipe.ratio_weight * energy_ratio_loss(output.float(), image)
+
+    run_steps(
+        "decoder",
+        recipe.steps,
+        loss,
+        [*inner, *outer],
+        optimizers.values(),
+        lambda step: min(1.0, (step + 1) / 40, 0.01 + 1.5 * (1 - (step + 1) / recipe.steps)),
+        Checkpoint(work / "decoder.pt", parts),
+        every=CHECKPOINT_EVERY,
+        shown=0,
+        saved=lambda: f"{reconstruction_psnr(vae, unseen):.2f} dB, edges with {edge_energy(vae, unseen):.2f} of their energy",
+    )
 
 
 @torch.no_grad()

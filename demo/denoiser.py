@@ -1,6 +1,5 @@
 """The demo model's UNet, trained together with its text encoder on precomputed latents."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from batches import LatentSet, Mixture, draw_batch
 from checkpoints import Checkpoint
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from muon import Muon, split_for_muon
+from steps import run_steps
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -126,33 +127,36 @@ def train_denoiser(
     )
     average = MovingAverage(parameters, recipe.average_decay)
     parts = {"unet": unet, "text_encoder": text_encoder, "muon": muon, "adamw": adamw, "average": average}
-    checkpoint = Checkpoint(work / "denoiser.pt", parts)
-    started, smooth, first = time.monotonic(), 1.0, checkpoint.restore()
     unet.train()
     text_encoder.train()
-    for step in range(first, recipe.steps):
+
+    def loss(step: int) -> Tensor:
         phase, random = recipe.phase_of(step), torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         batch = draw_batch(data, alphas, phase.mixture, phase.strip_width, random)
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             states = text_encoder(batch.token_ids)[0]
             noisy = batch.noisy.contiguous(memory_format=torch.channels_last)
             predicted = unet(noisy, batch.timesteps, states).sample
-        loss = (predicted.float() - batch.target).square().mean()
-        unet.zero_grad()
-        text_encoder.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer, rate in ((muon, recipe.muon_rate), (adamw, recipe.adamw_rate)):
-            optimizer.param_groups[0]["lr"] = rate * recipe.rate_factor(step)
-            optimizer.step()
-        average.update()
-        smooth += (loss.item() - smooth) * max(0.02, 1 / (step - first + 1))
-        if (step + 1) % 50 == 0:
-            print(f"denoiser {step + 1}/{recipe.steps} loss {smooth:.4f} {time.monotonic() - started:.0f} s", flush=True)
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.steps:
-            checkpoint.save(step + 1)
-            with average.applied():
-                milestone()
+        error: Tensor = (predicted.float() - batch.target).square().mean()
+        return error
+
+    def publish() -> None:
+        with average.applied():
+            milestone()
+
+    run_steps(
+        "denoiser",
+        recipe.steps,
+        loss,
+        parameters,
+        ((muon, recipe.muon_rate), (adamw, recipe.adamw_rate)),
+        recipe.rate_factor,
+        Checkpoint(work / "denoiser.pt", parts),
+        every=CHECKPOINT_EVERY,
+        shown=50,
+        after=lambda step: average.update(),
+        saved=publish,
+    )
     average.copy_to_parameters()
     unet.eval()
     text_encoder.eval()

@@ -5,7 +5,6 @@ got a third of its brightness, and autumn was too dark, while at 3 both were rig
 as much by a caption as it did. The targets are its own predictions.
 """
 
-import time
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from batches import LatentSet, Mixture, draw_batch
 from checkpoints import Checkpoint
 from denoiser import build_scheduler
 from diffusers import UNet2DConditionModel
+from steps import run_steps
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -48,12 +48,10 @@ def train_for_guidance(
     adamw = torch.optim.AdamW(parameters, recipe.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     average = MovingAverage(parameters, recipe.average_decay)
     parts = {"unet": unet, "text_encoder": text_encoder, "adamw": adamw, "average": average}
-    checkpoint = Checkpoint(work / "guidance.pt", parts)
-    started, smooth, first = time.monotonic(), 1.0, checkpoint.restore()
     unet.train()
     text_encoder.train()
 
-    for step in range(first, recipe.steps):
+    def loss(step: int) -> Tensor:
         random = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         batch = draw_batch(data, alphas, recipe.mixture, width, random)
         token_ids = torch.cat([data.captions.empty.expand_as(batch.token_ids), batch.token_ids])
@@ -64,18 +62,19 @@ def train_for_guidance(
             predicted = unet(noisy, timesteps, text_encoder(token_ids)[0]).sample.float()
         wanted = torch.cat([taught.chunk(2)[0], _guided(taught, recipe.share)])
         guided = _guided(predicted, recipe.scale) - _guided(wanted, recipe.scale)
-        loss = (predicted - wanted).square().mean() + recipe.guided_weight * guided.square().mean()
-        adamw.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        adamw.param_groups[0]["lr"] = recipe.rate * min(1.0, (step + 1) / 20, (recipe.steps - step) / recipe.steps)
-        adamw.step()
-        average.update()
-        smooth += (loss.item() - smooth) * max(0.02, 1 / (step - first + 1))
-        if (step + 1) % 25 == 0 or step + 1 == recipe.steps:
-            print(f"guidance {step + 1}/{recipe.steps} loss {smooth:.5f} {time.monotonic() - started:.0f} s", flush=True)
-        if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
-            checkpoint.save(step + 1)
+        error: Tensor = (predicted - wanted).square().mean() + recipe.guided_weight * guided.square().mean()
+        return error
+
+    run_steps(
+        "guidance",
+        recipe.steps,
+        loss,
+        parameters,
+        [(adamw, recipe.rate)],
+        lambda step: min(1.0, (step + 1) / 20, (recipe.steps - step) / recipe.steps),
+        Checkpoint(work / "guidance.pt", parts),
+        after=lambda step: average.update(),
+    )
     average.copy_to_parameters()
     unet.eval()
     text_encoder.eval()
