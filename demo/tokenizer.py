@@ -19,9 +19,12 @@ def _train_merges(captions: Iterable[str], merge_count: int) -> list[tuple[str, 
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(False, False, False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    # Equally frequent pairs are merged in the order of their ids. Bytes that end a word would get theirs in the order in which a
+    # hash table lists the words, which differs from run to run.
     trainer = trainers.BpeTrainer(
         vocab_size=merge_count + 2 * len(alphabet),
         initial_alphabet=alphabet,
+        special_tokens=[byte + "</w>" for byte in alphabet],
         end_of_word_suffix="</w>",
         min_frequency=1,
         show_progress=False,

@@ -12,7 +12,8 @@ from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline,
 from muon import Muon, split_for_muon
 from PIL import Image
 from posterset import make_posters, unseen_posters
-from scenes import Scene
+from scenes import EXTRA_WORDS, Scene, draw_captions
+from tokenizer import train_tokenizer
 from torch import nn
 from train import SMOKE, train
 
@@ -72,6 +73,13 @@ def test_resumed_training_gives_the_same_weights(tmp_path: Path, monkeypatch: py
         assert torch.load(tmp_path / "parts" / "autoencoder.pt", weights_only=True)["step"] == 2
         resumed = train_autoencoder(pixels, unseen, RECIPE, tmp_path / "parts").state_dict()
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+def test_tokenizer_is_the_same_in_every_run(tmp_path: Path) -> None:
+    captions = [*draw_captions(2, seed=3), *EXTRA_WORDS.split()]
+    for name in "abcd":
+        train_tokenizer(captions, tmp_path / name)
+    assert len({(tmp_path / name / "merges.txt").read_bytes() for name in "abcd"}) == 1
 
 
 def tiny_data() -> LatentSet:
