@@ -168,8 +168,8 @@ class Model(_message.Message):
 
     @_builtins.property
     def image_adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The ids of the image adapters that a request's image_prompts may name with this model, ordered by id: those that fit the model,
-        and whose image encoder is a model that the caller may use. Empty if there are none, or if the model takes no image prompts.
+        """The ids of the image adapters that image prompts to this model can use, ordered by id. An adapter is listed if it fits the model
+        and the caller may use its image encoder. Empty if there are none, or if the model takes no image prompts.
         """
 
     def __init__(

@@ -27,9 +27,8 @@ def held(memory: ImageMemory, source: pb.ImageSource, data: bytes) -> Iterator[N
 
 
 class ImageFiles:
-    """The files of the images in a `field` of one request, with bounds for all of them together: SHARE times those of one image,
-    and as many `seconds` of `clock` as one image may take, for those that are fetched. Whoever decodes an image takes its pixels
-    from `pixels_left`."""
+    """The image files in one `field` of a request, with limits for all of them together: SHARE times the bytes and pixels of one
+    image, and `seconds` of `clock` for fetching. The caller subtracts the pixels of each decoded image from `pixels_left`."""
 
     def __init__(
         self,

@@ -36,8 +36,8 @@ class AdapterFile:
 class AdapterFiles:
     """The adapters in `folder`, None for no folder. Files may be added, replaced and removed at any time. Thread-safe; blocks.
 
-    A subclass says for messages `what` they are, and the flags of the server that set the folder, `flag`, and the memory for
-    those that were read, `cache_flag`.
+    A subclass sets words for messages: `what` the adapters are called, the server's `flag` for the folder, and its `cache_flag`
+    for the memory of loaded adapters.
     """
 
     what: ClassVar[str]

@@ -82,9 +82,8 @@ class LoadImage(_Decoding):
 
 @dataclass(frozen=True, slots=True)
 class LoadReference(_Decoding):
-    """Decodes one of several image files that a model reads, at its own size within the limits, or to the square of `side` pixels
-    that CLIP's image encoder reads. Errors name `field`, or the field of all if it has more than `pixels_left`, of those that all
-    have together."""
+    """Decodes one of several images that a model reads: at its own size, or to the square of `side` pixels that CLIP's image
+    encoder reads. Errors name `field`, or the list that contains it if the image has more than `pixels_left` pixels."""
 
     pixels_left: int
     side: int | None = None

@@ -30,7 +30,7 @@ class Engine:
     """Runs requests of several models with step-level continuous batching.
 
     Every accepted request ends exactly once: its listener is called with Completed or Failed, on the engine's thread, or on the
-    thread that calls close() or abandon(). Without start() there is no thread: a test calls step(). `clock` is monotonic, in
+    thread that calls close() or abandon(). Tests do not call start(), and call step() themselves. `clock` is monotonic, in
     seconds. `observe` is called with every stage that ran.
     """
 

@@ -59,7 +59,7 @@ class ModelImagePrompts:
         self._control = control
         self._kind = PromptKind(layer_widths(config), config["cross_attention_dim"])
         self._store = AdapterStore(settings.files, settings.cache, self._read)
-        self._known: dict[str, tuple[AdapterNeeds, int | None]] = {}  # by digest: needs and tokens of those that were checked
+        self._known: dict[str, tuple[AdapterNeeds, int | None]] = {}  # needs and number of tokens of checked adapters, by digest
         self._own = object()  # marks this model's entries of the cache
 
     def check(self, request: Request) -> None:
