@@ -41,6 +41,7 @@ from img2img_export.convert.flux_control import FluxControlNet
 from img2img_export.convert.fused_attention import NAME as FUSED_ATTENTION
 from img2img_export.convert.fused_attention import name_of, write_beside
 from img2img_export.convert.fusion import fuse
+from img2img_export.convert.graph_kinds import LanguageModel
 from img2img_export.convert.graphs import describe_graph, quiet
 from img2img_export.convert.models import Loader
 from img2img_export.convert.parts import Part, Tensors
@@ -67,6 +68,9 @@ def release_memory() -> None:
 
 _SMALL = {"unet": ("sample", (9, 11)), "vae_encoder": ("sample", (72, 88)), "vae_decoder": ("latent_sample", (9, 11))}
 """Input sizes for tracing: odd, so that no size is frozen into the graph, and small, for speed."""
+
+_TRACED_TOKENS = 13
+"""Of a language model, which takes any number."""
 
 STATIC = frozenset({"unet", VAE})
 """Components with graphs in static int8."""
@@ -419,7 +423,8 @@ def part_of(name: str, module: Any, calls: Calls) -> Part:
         return parts.denoiser_part(name, module, calls.all(), calls.structure)
     if name.startswith("text_encoder"):
         masked = isinstance(calls.structure.get("attention_mask"), torch.Tensor)
-        return parts.text_part(name, module, bool(calls.structure.get("output_hidden_states")), masked)
+        shows_states = bool(calls.structure.get("output_hidden_states"))
+        return parts.text_part(name, module, shows_states, masked, sorted(calls.states))
     return next(part for part in parts.vae_parts(module) if part.name == name)
 
 
@@ -434,6 +439,8 @@ def _example(part: Part, module: Any, calls: Calls) -> Tensors:
     example = {
         name: torch.cat([value, value])[:2] if value.ndim and len(value) == rows else value for name, value in call.items()
     }
+    if isinstance(part.kind, LanguageModel):
+        return {name: value[:, :_TRACED_TOKENS] for name, value in example.items()}
     if part.name in _SMALL and (part.name != "unet" or takes_any_size(module)):
         name, size = _SMALL[part.name]
         example[name] = torch.randn(*example[name].shape[:2], *size)

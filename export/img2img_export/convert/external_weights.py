@@ -210,7 +210,8 @@ def without_weights(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[dic
     """Replaces the parameters of `module` with placeholders in `dtype` that take no memory; yields the real ones by name.
 
     Each placeholder is one number expanded to the parameter's shape. The numbers differ, so that no two parameters are merged.
-    Buffers keep their values. Parts that the class requires in fp32 (T5's `wo`) stay in fp32.
+    Buffers keep their values. Those that checkpoints do not have also keep their types: half precision of rotary frequencies
+    would turn by radians. Parts that the class requires in fp32 (T5's `wo`) stay in fp32.
     """
     fp32_parts = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
     real: dict[str, torch.Tensor] = {}
@@ -226,7 +227,8 @@ def without_weights(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[dic
                 originals.append((table, leaf, value))
                 real.setdefault(name, value)
                 if is_buffer:
-                    table[leaf] = value.to(kind) if value.is_floating_point() else value
+                    is_stored = leaf not in part._non_persistent_buffers_set
+                    table[leaf] = value.to(kind) if value.is_floating_point() and is_stored else value
                 else:
                     number = torch.tensor(_FIRST_BITS + len(placeholders), dtype=torch.int16).view(torch.float16).to(kind)
                     seen = torch.nn.Parameter(number.expand(value.shape), requires_grad=False)

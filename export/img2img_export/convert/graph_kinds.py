@@ -6,7 +6,7 @@ a UNet's `timestep` has one value per sample, so requests at different steps sha
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -57,9 +57,12 @@ def _attend(
         scale = 1 / math.sqrt(int(query.shape[-1]))
     if is_causal:
         attn_mask = torch.arange(query.shape[-2])[:, None] >= torch.arange(key.shape[-2])
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-    return _attend_in_torch(query, key, value, attn_mask, dropout_p, scale=scale, **settings)
+    if attn_mask is None or attn_mask.dtype != torch.bool:
+        return _attend_in_torch(query, key, value, attn_mask, dropout_p, scale=scale, **settings)
+    bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    states = _attend_in_torch(query, key, value, bias, dropout_p, scale=scale, **settings)
+    # Of queries that may attend to nothing, as padding before a text, torch's result is 0, and that of a softmax NaN.
+    return states if is_causal else states.masked_fill(bias.amax(-1, keepdim=True) == -torch.inf, 0)
 
 
 def _rotate(x: torch.Tensor, freqs_cis: Any, use_real: bool = True, use_real_unbind_dim: int = -1, sequence_dim: int = 2) -> Any:
@@ -182,6 +185,24 @@ class T5Encoder(GraphKind):
     def outputs(self) -> Axes:
         """The last hidden state [B, T, D]."""
         return {"last_hidden_state": _TEXT}
+
+
+class LanguageModel(GraphKind):
+    """A language model that reads a text. The graph has the hidden states that a pipeline reads, and no layers after them."""
+
+    def __init__(self, config: Any, states: Sequence[int]) -> None:
+        super().__init__(config)
+        self._states = states
+
+    @property
+    def inputs(self) -> Axes:
+        """Token ids [B, T]."""
+        return {"input_ids": _TEXT}
+
+    @property
+    def outputs(self) -> Axes:
+        """Hidden states [B, T, D] by their index in transformers' tuple."""
+        return {f"hidden_states.{index}": _TEXT for index in self._states}
 
 
 class UNet(GraphKind):
@@ -329,3 +350,6 @@ KINDS: dict[str, type[GraphKind]] = {
     "FluxTransformer2DModel": FluxTransformer,
 }
 """The kinds by module class."""
+
+LANGUAGE_MODELS = ("Qwen3ForCausalLM",)
+"""The classes that are language models."""

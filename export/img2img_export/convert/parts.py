@@ -6,7 +6,7 @@ the graph then refuses most sizes.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,16 @@ import torch
 from diffusers import AutoencoderTiny
 from img2img_server.runtime.common.vae import tensor_of
 
-from img2img_export.convert.graph_kinds import KINDS, Axes, Called, GraphKind, VaeDecoder, VaeEncoder
+from img2img_export.convert.graph_kinds import (
+    KINDS,
+    LANGUAGE_MODELS,
+    Axes,
+    Called,
+    GraphKind,
+    LanguageModel,
+    VaeDecoder,
+    VaeEncoder,
+)
 from img2img_export.errors import ExportError
 
 Tensors = dict[str, torch.Tensor]
@@ -37,19 +46,20 @@ class Part:
     kind: GraphKind
 
 
-def text_part(name: str, module: Any, hidden_states: bool, masked: bool = False) -> Part:
-    """A CLIP or T5 text encoder: from token ids [B, T] to its outputs and, if `hidden_states`, every hidden state.
+def text_part(name: str, module: Any, hidden_states: bool, masked: bool = False, read: Sequence[int] = ()) -> Part:
+    """A text encoder (CLIP, T5): from token ids [B, T] to its outputs and, if `hidden_states`, every hidden state. Of a language
+    model the outputs are the hidden states `read`.
 
     If `masked`, it also takes an attention mask [B, T].
     """
-    known = KINDS.get(type(module).__name__)
-    if known is None:
-        raise ExportError(f"{name} is a {type(module).__name__}; img2img makes graphs of {', '.join(KINDS)}")
-    module.config.output_hidden_states = hidden_states
-    kind = known(module.config)
+    kind = _text_kind(name, module, hidden_states, read)
+    is_language_model = isinstance(kind, LanguageModel)
+    settings = {"use_cache": False} if is_language_model else {}
+    if is_language_model and hasattr(module, "lm_head"):
+        settings["logits_to_keep"] = 1  # nothing reads logits
 
     def call(encoder: Any, inputs: Tensors) -> Tensors:
-        output = encoder(**inputs, output_hidden_states=hidden_states, return_dict=True)
+        output = encoder(**inputs, **settings, output_hidden_states=hidden_states, return_dict=True)
         found = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
         states = enumerate(output.hidden_states) if hidden_states else ()
         return _ordered({**found, **{f"hidden_states.{index}": state for index, state in states}}, kind.outputs)
@@ -58,6 +68,19 @@ def text_part(name: str, module: Any, hidden_states: bool, masked: bool = False)
     if masked:
         inputs = {**inputs, "attention_mask": inputs["input_ids"]}
     return Part(name, name, inputs, kind.outputs, call, kind)
+
+
+def _text_kind(name: str, module: Any, hidden_states: bool, read: Sequence[int]) -> GraphKind:
+    """Raises ExportError if there is none."""
+    found = type(module).__name__
+    if found in LANGUAGE_MODELS and not read:
+        raise ExportError(f"{name} is a {found}, of which img2img exports hidden states, and the pipeline reads none")
+    if found in LANGUAGE_MODELS:
+        return LanguageModel(module.config, read)
+    if found not in KINDS:
+        raise ExportError(f"{name} is a {found}; img2img makes graphs of {', '.join((*KINDS, *LANGUAGE_MODELS))}")
+    module.config.output_hidden_states = hidden_states
+    return KINDS[found](module.config)
 
 
 def vae_parts(module: Any) -> tuple[Part, Part]:

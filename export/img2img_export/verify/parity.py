@@ -16,6 +16,7 @@ from img2img_server.bundle.manifest import AccuracyLimits, ComponentParity
 from img2img_server.runtime.common.pipe import fits_any_size
 
 from img2img_export.convert.emulation import open_emulated
+from img2img_export.convert.graph_kinds import CLIPText
 from img2img_export.convert.graphs import RUNTIME_ERRORS
 from img2img_export.convert.parts import Part, Tensors
 from img2img_export.errors import FAILURES, ExportError, first_line
@@ -67,7 +68,7 @@ def make_cases(part: Part, module: Any, calls: Calls, stock: bool = False) -> li
         if stock and "timestep" in real:
             real["timestep"] = real["timestep"][:1].repeat(batch)
         inputs[f"real, batch {batch}, {_size(real)}"] = real
-        made = _random(real, batch, any_size=takes_any_size(module) and not stock, config=module.config)
+        made = _random(part, real, batch, any_size=takes_any_size(module) and not stock, config=module.config)
         inputs[f"random, batch {batch}, {_size(made)}"] = made
     cases = []
     for name, given in inputs.items():
@@ -189,13 +190,16 @@ def _batch(call: Tensors, batch: int, calls: Calls) -> Tensors:
     return given
 
 
-def _random(real: Tensors, batch: int, any_size: bool, config: Any) -> Tensors:
-    """Random inputs with the spread of the recorded ones. Timesteps and inputs without a row per sample (positions) are kept."""
+def _random(part: Part, real: Tensors, batch: int, any_size: bool, config: Any) -> Tensors:
+    """Random inputs with the spread of the recorded ones. Timesteps and inputs without a row per sample (positions) are kept.
+    Texts with a mask have other lengths."""
     generator = torch.Generator("cpu").manual_seed(batch)
     made: Tensors = {}
+    if "attention_mask" in real:
+        real = _padded_texts(real, batch)
     for name, value in real.items():
         if name == "input_ids":
-            made[name] = _random_ids(config, value, generator)
+            made[name] = _random_ids(config, value, generator, isinstance(part.kind, CLIPText))
         elif name == "timestep" or not value.is_floating_point() or len(value) != batch:
             made[name] = value
         else:
@@ -213,10 +217,24 @@ def takes_any_size(module: Any) -> bool:
     return is_unet and fits_any_size(module)
 
 
-def _random_ids(config: Any, ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random token ids, followed by end tokens, which pooling searches for."""
+def _padded_texts(real: Tensors, batch: int) -> Tensors:
+    """The inputs with fewer tokens, an odd number, of which some are padding: after the text of the first row, and before that of
+    the last one."""
+    count = real["input_ids"].shape[1] // (batch + 1) | 1
+    mask = torch.ones_like(real["attention_mask"][:, :count])
+    mask[-1, : count // 3] = 0
+    mask[0] = mask[-1].flip(-1)
+    return {**real, "input_ids": real["input_ids"][:, :count], "attention_mask": mask}
+
+
+def _random_ids(config: Any, ids: torch.Tensor, generator: torch.Generator, pooled: bool) -> torch.Tensor:
+    """Random token ids of texts; if they are `pooled`, followed by end tokens, which pooling searches for."""
+    marks = [value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))]
+    known = torch.tensor([token for token in range(config.get_text_config().vocab_size - 2) if token not in marks])
+    made = known[torch.randint(len(known), ids.shape, generator=generator)]
+    if not pooled:
+        return made
     end = config.eos_token_id if config.eos_token_id != _LEGACY_END else config.vocab_size - 1
-    made = torch.randint(config.vocab_size - 2, ids.shape, generator=generator)
     for row in range(len(made)):
         made[row, 5 + 9 * row :] = end
     return made

@@ -1,11 +1,12 @@
 """Records the inputs of a pipeline's parts while it generates images; graphs are traced and compared with them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
+from img2img_server.bundle.manifest import is_text_encoder
 
 from img2img_export.convert.parts import Tensors, bind, flatten
 
@@ -26,6 +27,8 @@ class Calls:
     """The values of each non-tensor argument, as text."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """For a graph of tokens: the first call and the last of each size, only its first row."""
+    states: set[int] = field(default_factory=set)
+    """The indices of the hidden states that the pipeline read, from 0."""
 
     def add(self, tensors: Tensors) -> None:
         """Adds a call; unless `complete`, it replaces the last one of its size."""
@@ -93,6 +96,8 @@ class Recorder:
             else:
                 handle = module.register_forward_pre_hook(self._hook(name), with_kwargs=True, prepend=True)
                 self._undo.append(handle.remove)
+                if is_text_encoder(name):
+                    self._undo.append(module.register_forward_hook(self._watch(name)).remove)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -106,6 +111,15 @@ class Recorder:
             self._add(name, bind(module.forward, args, kwargs))
 
         return hook
+
+    def _watch(self, name: str) -> Callable[..., None]:
+        """Has the hidden states of a text encoder's output noted when they are read."""
+
+        def watch(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if getattr(output, "hidden_states", None) is not None:
+                output.hidden_states = _ReadStates(output.hidden_states, self.calls[name].states)
+
+        return watch
 
     def _wrap(self, vae: Any, method: str, part: str) -> None:
         function = getattr(vae, method)
@@ -126,6 +140,24 @@ class Recorder:
         calls = self.calls.setdefault(name, Calls(call, name in self._complete))
         calls.add(tensors)
         calls.note(call)
+
+
+class _ReadStates(tuple[Any, ...]):
+    """Hidden states that note in `read` the indices of those that are read."""
+
+    def __new__(cls, states: Iterable[Any], read: set[int]) -> Self:
+        made = super().__new__(cls, states)
+        made.read = read
+        return made
+
+    read: set[int]
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read.update(range(len(self))[index] if isinstance(index, slice) else (range(len(self))[index],))
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
 
 
 def _text(value: Any) -> str:

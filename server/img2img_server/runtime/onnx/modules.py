@@ -34,6 +34,9 @@ _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
 """The order of the outputs of transformers' text encoders."""
 
 
+_STATES = "hidden_states."
+"""The names of hidden states begin with it, and end with their index."""
+
 _UNET_FORM = (0, "return_dict", "sample", "timestep", "encoder_hidden_states", "timestep_cond", "added_cond_kwargs")
 _KNOWN_FORMS = {"UNet2DConditionModel": [_UNET_FORM, (*_UNET_FORM, DOWN)]}
 """Calls that a class accepts, as the number of arguments and the names of others: the server's own."""
@@ -131,7 +134,8 @@ class OnnxModule(torch.nn.Module):
 
 
 class OnnxTextEncoder(OnnxModule):
-    """A text encoder (CLIP, T5): token ids [B, T] to its outputs in transformers' order, with the hidden states as a tuple.
+    """A text encoder (CLIP, T5, a language model): token ids [B, T] to its outputs in transformers' order, with the hidden states
+    as a tuple, in which those that the graph does not have are None.
 
     `config` is None for transformers' own configuration object, which diffusers' pipelines may expect.
     """
@@ -141,7 +145,11 @@ class OnnxTextEncoder(OnnxModule):
         self._graph = graph
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, output_hidden_states: bool = False
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        use_cache: bool = False,
     ) -> Any:
         """Encodes tokens, as transformers' ModelOutput. All hidden states of the graph are returned, whatever
         `output_hidden_states` is."""
@@ -152,10 +160,18 @@ class OnnxTextEncoder(OnnxModule):
     def outputs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, Any]:
         """The outputs for tokens, by name and in transformers' order."""
         outputs = self._graph(input_ids=input_ids, attention_mask=attention_mask)
-        hidden = [outputs.pop(name) for name in list(outputs) if name.startswith("hidden_states.")]
+        named = [name for name in outputs if name.startswith(_STATES)]
+        states = {int(name.removeprefix(_STATES)): outputs.pop(name) for name in named}
+        hidden = [states.get(index) for index in range(self._layers(states) + 1)] if states else []
         # Pipelines access some outputs by index.
         ordered: dict[str, Any] = {name: outputs.pop(name) for name in _TEXT_OUTPUTS if name in outputs} | outputs
         return ordered | ({"hidden_states": tuple(hidden)} if hidden else {})
+
+    def _layers(self, states: Mapping[int, torch.Tensor]) -> int:
+        """The number of layers of the module, of which a language model's graph may lack the last ones."""
+        if hasattr(self.config, "get_text_config"):
+            return int(self.config.get_text_config().num_hidden_layers)
+        return max(states)
 
 
 class OnnxDenoiser(OnnxModule):

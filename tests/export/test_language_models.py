@@ -1,0 +1,146 @@
+"""Text encoders that are language models, as graphs: they have what the pipeline reads, for texts of any length."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from img2img_export.component import described
+from img2img_export.convert.emulation import value_types
+from img2img_export.convert.external_weights import GRAPH_NAME, constants
+from img2img_export.convert.parts import Part, Tensors
+from img2img_export.convert.tracing import trace
+from img2img_export.errors import ExportError
+from img2img_export.progress import Progress
+from img2img_export.verify.parity import Case, open_graph
+from img2img_export.verify.recorded_inputs import Calls, Recorder
+from img2img_server.runtime.onnx.modules import Graph, OnnxTextEncoder
+from img2img_server.runtime.onnx.runners import HostRunner
+
+READ = {"klein": (9, 18, 27)}
+"""The hidden states that diffusers' pipelines read, by tiny model."""
+
+
+class Made:
+    """A text encoder as its pipeline calls it, its graph, and what the graph is compared with."""
+
+    def __init__(self, name: str, directory: Path, folder: Path) -> None:
+        pipe = DiffusionPipeline.from_pretrained(directory)
+        with Recorder(pipe, ("text_encoder",)) as recorder, torch.no_grad():
+            self.embeds = pipe.encode_prompt("a red fox in the snow")[0]
+        self.calls: Calls = recorder.calls["text_encoder"]
+        self.pipe, self.module, self.folder = pipe, pipe.text_encoder, folder
+        self.part: Part
+        self.example: Tensors
+        self.cases: list[Case]
+        self.part, self.example, self.cases = described("text_encoder", self.module, self.calls)
+        self.graph = trace(self.module, self.part, self.example)
+        self.graph.write(folder, Progress(), "text_encoder")
+        self.module.config.save_pretrained(folder)
+        self.session = open_graph(folder / GRAPH_NAME)
+
+    def errors(self, inputs: Tensors) -> list[float]:
+        """The largest differences of the graph's outputs from transformers', relative to the largest value."""
+        with torch.no_grad():
+            states = self.module(**inputs, output_hidden_states=True).hidden_states
+        found = self.session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        expected = [states[int(name.rpartition(".")[2])].numpy() for name in self.part.outputs]
+        return [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True)]
+
+
+@pytest.fixture(scope="module", params=READ)
+def made(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(request.param, tiny_model(request.param), tmp_path_factory.mktemp("graph") / request.param)
+
+
+@pytest.fixture
+def read(made: Made) -> tuple[int, ...]:
+    return next(states for states in READ.values() if {f"hidden_states.{index}" for index in states} == set(made.part.outputs))
+
+
+def test_graph_has_the_states_that_the_pipeline_reads_and_no_layers_after_them(made: Made, read: tuple[int, ...]) -> None:
+    assert made.calls.states == set(read)
+    layers = {int(name.partition(".layers.")[2].split(".")[0]) for name in made.graph.weights if ".layers." in name}
+    assert layers == set(range(max(read)))
+    assert max(read) < made.module.config.get_text_config().num_hidden_layers
+    assert not [name for name in made.graph.weights if "lm_head" in name or name.endswith("model.norm.weight")]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("tokens", [2, 31, 64, 500])
+def test_texts_of_any_length_match_transformers_and_their_padding_does(made: Made, rows: int, tokens: int) -> None:
+    """The rows are padded after the text, before it, and not at all."""
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(3, made.module.config.get_text_config().vocab_size, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, tokens - tokens // 3 :] = 0
+    mask[-1, : tokens // 3] = 0 if rows > 1 else 1
+    assert max(made.errors({"input_ids": ids, "attention_mask": mask})) < 1e-5
+
+
+def test_the_mask_and_every_earlier_token_have_an_effect(made: Made) -> None:
+    ids = torch.randint(3, 60, (1, 21), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+
+    def last(ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        return made.session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[-1][0]
+
+    before = last(ids, mask)
+    for token in range(20):
+        changed, hidden = ids.clone(), mask.clone()
+        changed[0, token] = 61
+        hidden[0, token] = 0
+        assert np.abs(last(changed, mask)[:token] - before[:token]).max(initial=0) == 0
+        assert np.abs(last(changed, mask)[token:] - before[token:]).max() > 1e-4
+        assert np.abs(last(ids, hidden)[-1] - before[-1]).max() > 1e-6
+
+
+def test_comparisons_of_an_export_have_padding_and_other_lengths_than_the_trace(made: Made) -> None:
+    traced = made.example["input_ids"].shape[1]
+    lengths = {case.inputs["input_ids"].shape[1] for case in made.cases}
+    assert len(lengths) == 3
+    assert traced not in lengths
+    random = [case.inputs["attention_mask"] for case in made.cases if case.is_random]
+    assert all(mask[0, -1] == 0 for mask in random)
+    assert any(mask[-1, 0] == 0 for mask in random)
+    for case in made.cases:
+        assert max(made.errors(case.inputs)) < 1e-5, case.name
+
+
+def test_half_precision_has_exact_rotary_frequencies_and_half_precision_products(made: Made) -> None:
+    half = trace(copy.deepcopy(made.module), made.part, made.example, torch.float16)
+    types = value_types(half)
+    products = [node for node in half.model.graph.node if node.op_type in ("MatMul", "Gemm")]
+    assert len(products) > 100
+    assert not [node.name for node in products if types[node.output[0]] != onnx.TensorProto.FLOAT16]
+    rotary = next(part for name, part in made.module.named_modules() if name.endswith("rotary_emb") and "vision" not in name)
+    frequencies = rotary.inv_freq.numpy()
+    same = [value for value in constants(half.model).values() if value.size == frequencies.size and value.dtype == np.float32]
+    assert any((value.reshape(-1) == frequencies).all() for value in same)
+
+
+def test_pipeline_with_the_graph_encodes_the_same_text(made: Made, read: tuple[int, ...]) -> None:
+    encoder = OnnxTextEncoder(Graph(HostRunner(made.session)), made.folder)
+    answer = encoder(**made.calls.all()[0], output_hidden_states=True, use_cache=False).hidden_states
+    count = made.module.config.get_text_config().num_hidden_layers + 1
+    assert len(answer) == count
+    assert [index for index, state in enumerate(answer) if state is not None] == list(read)
+    assert answer[read[0] - count] is answer[read[0]]
+    made.pipe.text_encoder = encoder
+    try:
+        embeds = made.pipe.encode_prompt("a red fox in the snow")[0]
+    finally:
+        made.pipe.text_encoder = made.module
+    assert (embeds - made.embeds).abs().max() < 1e-5 * made.embeds.abs().max()
+
+
+def test_a_language_model_whose_states_nothing_reads_is_no_graph(made: Made) -> None:
+    calls = copy.copy(made.calls)
+    calls.states = set()
+    with pytest.raises(ExportError, match="the pipeline reads none"):
+        described("text_encoder", made.module, calls)
