@@ -125,7 +125,8 @@ def tiny_model(shared: Path) -> Callable[[str], Path]:
 def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
     """Gives the exported bundle of a tiny model by its name, or of the demo's model for "demo"; "sd1:fp16" is one in fp16, and
     "sd1:fp32:speedups" one with a light graph and a few speedups, but no LoRA graphs ("sd1:fp32:speedups+loras": with them),
-    "sd3:fp32:int4" one with weights in int4, "flux:fp32:controls" one with control graphs.
+    "sd3:fp32:int4" one with weights in int4, "flux:fp32:controls" one with control graphs, "klein:fp16:int4+hybrid" and
+    "klein:fp32:hybrid" hybrids.
 
     Those of WITH_PREVIEWS have previews.
     """
@@ -140,6 +141,8 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
 
         keep_sessions()
         model, precision, more = (*name.split(":"), "", "")[:3]
+        hybrid = more.endswith("hybrid")
+        more = more.removesuffix("hybrid").removesuffix("+")
         speedups = more.startswith("speedups")
         source = DEMO_MODEL if model == "demo" else tiny_model(model)
 
@@ -157,6 +160,7 @@ def bundle(shared: Path, tiny_model: Callable[[str], Path]) -> Callable[[str], P
             options = ExportOptions(
                 source=str(source),
                 output=output,
+                backend="hybrid" if hybrid else "auto",
                 precision=cast(Precision, precision or "fp32"),
                 lora_graphs=more != "speedups",
                 control_graphs=more == "controls",

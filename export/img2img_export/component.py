@@ -33,6 +33,7 @@ from img2img_server.bundle.manifest import (
 )
 from img2img_server.bundle.speedups import LIGHT_NAME
 from img2img_server.runtime.common.fp32_compute import computing_in_fp32
+from img2img_server.runtime.common.vae import LATENT_STATISTICS
 
 from img2img_export.convert import light_graph, lora_graph, parts, split_graph
 from img2img_export.convert.calibration import Calibration
@@ -488,11 +489,14 @@ def _in_precision(module: Any, part: Part, example: Tensors, precision: Precisio
 
 
 def _save_config(module: Any, folder: Path, requested: Precision) -> None:
-    """Writes the module's config.json into `folder`; `requested` is the bundle's precision."""
+    """Writes the module's config.json into `folder`; `requested` is the bundle's precision. A VAE's statistics of latents, which
+    pipelines read (FLUX.2), are in it."""
     if not hasattr(module, "save_config"):
         module.config.save_pretrained(folder)
         return
     if requested != "fp32" and module.config.get("force_upcast"):
         # Optimum's pipelines read it, and would then access layers that only a torch module has.
         module.register_to_config(force_upcast=False)
+    if (norm := getattr(module, "bn", None)) is not None:
+        module.register_to_config(**{name: getattr(norm, name).tolist() for name in LATENT_STATISTICS})
     module.save_config(folder)

@@ -67,7 +67,7 @@ def test_attention_of_transformer_graphs_is_fused(
     (placed,) = [record.message for record in caplog.records if " runs " in record.message]
     assert "recorded as CUDA graphs" in placed
     width = pipeline._denoiser.config.get("joint_attention_dim") or pipeline._denoiser.config["cap_feat_dim"]
-    # The text encoder is PyTorch's, and would read numbers back that no kernel has computed.
+    # A text encoder in PyTorch would read numbers back that no kernel has computed.
     texts = {"a": Embedding(torch.zeros(1, 40, width, device="cuda"), None)}
     monkeypatch.setattr(pipeline, "_embed", lambda requests, *_: [texts for _ in requests])
     requests = [make_request(prompt="a", image=Image.new("RGB", size), num_inference_steps=2, strength=1.0, guidance_scale=0.0)

@@ -75,7 +75,7 @@ def test_device_needs_memory_for_one_layer_and_gets_it_back(gpu: FakeGpu, dtype:
 
 
 def test_hybrids_text_encoder_is_not_on_the_device(bundle: Get, gpu: FakeGpu) -> None:
-    path = bundle("klein")
+    path = bundle("klein:fp32:hybrid")
     plain, offloaded = load(path, offload="none")._pipe.text_encoder, load(path)._pipe.text_encoder
     assert {weight.device.type for weight in plain.parameters()} == {"cuda"}
     assert {weight.device.type for weight in offloaded.parameters()} == {"cpu"}

@@ -22,7 +22,7 @@ from img2img_export.verify.recorded_inputs import Calls, Recorder
 from img2img_server.runtime.onnx.modules import Graph, OnnxTextEncoder
 from img2img_server.runtime.onnx.runners import HostRunner
 
-READ = {"klein": (9, 18, 27)}
+READ = {"klein": (9, 18, 27), "flux2": (10, 20, 30)}
 """The hidden states that diffusers' pipelines read, by tiny model."""
 
 

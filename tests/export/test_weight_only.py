@@ -221,7 +221,7 @@ def test_server_draws_with_quantized_weights(bundle: Get) -> None:
 
 def test_layers_of_text_encoders_in_pytorch_are_quantized(bundle: Get) -> None:
     """Of a hybrid. The server computes with them in fp32 as the export's images have been compared."""
-    path = bundle("klein:fp16:int4")
+    path = bundle("klein:fp16:int4+hybrid")
     manifest = read_manifest(path)
     part = next(part for part in manifest.components if part.name == "text_encoder")
     assert (part.backend, part.precision, part.weight_format) == ("torch", "fp16", "int4")
@@ -268,7 +268,9 @@ def test_text_encoders_in_pytorch_are_tried_with_more_bits(
 
     monkeypatch.setattr(images, "measure", strict)
     with cut_short(1):
-        options = ExportOptions(str(tiny_model("klein")), tmp_path / "out", weight_format="int4", lora_graphs=False)
+        options = ExportOptions(
+            str(tiny_model("klein")), tmp_path / "out", backend="hybrid", weight_format="int4", lora_graphs=False
+        )
         manifest = export_model(options).manifest
     parts = {part.name: part for part in manifest.components}
     assert (parts["text_encoder"].weight_format, parts["transformer"].weight_format) == ("int8", "int8")

@@ -92,7 +92,7 @@ def test_hybrids_modules_keep_their_stored_precision_unless_compiled(
     compiles: bool, bundle: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "compile_modules", lambda pipe, pipeline: None)
-    path = bundle("klein:fp16:int4")
+    path = bundle("klein:fp16:int4+hybrid")
     pipeline: Any = loader.load_pipeline(path, read_manifest(path), Execution("cpu", compile=compiles))
     pipe = pipeline._pipe
     values = (value for part in (pipe.text_encoder, pipe.vae) for value in part.parameters())

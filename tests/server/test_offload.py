@@ -82,7 +82,7 @@ def test_only_one_layer_is_ready_at_a_time(tiny_model: Get, monkeypatch: pytest.
 
 def test_image_is_the_one_without_offload(bundle: Get) -> None:
     """A hybrid in half precision with weights in 4 bits. Its logits, which nothing reads, are not computed."""
-    path = bundle("klein:fp16:int4")
+    path = bundle("klein:fp16:int4+hybrid")
     pipeline: Any = load(path)
     source = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
     request = make_request(image=source, prompt="a lake", num_inference_steps=2)

@@ -19,9 +19,15 @@ from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from PIL import Image
 
-FAMILIES = {"kontext": "flux-kontext", "klein": "flux-2-klein", "flux2": "flux-2", "qwenimage": "qwen-image", "zimage": "z-image"}
-"""Tiny models and their families. Those of Qwen-Image-Edit and -Plus, which look at a million pixels, are in
-test_architectures.py."""
+FAMILIES = {
+    "kontext": ("flux-kontext", "onnx"),
+    "klein": ("flux-2-klein", "onnx"),
+    "flux2": ("flux-2", "onnx"),
+    "qwenimage": ("qwen-image", "hybrid"),
+    "zimage": ("z-image", "hybrid"),
+}
+"""Tiny models, their families, and what their bundles run on. Those of Qwen-Image-Edit and -Plus, which look at a million pixels,
+are in test_architectures.py."""
 
 _LONG = "mountains and a lake at sunset with a winter forest behind the lake, and fog over the water"
 
@@ -68,7 +74,7 @@ def test_requests_with_different_shapes_prompts_and_steps_share_calls(
     name: str, bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]
 ) -> None:
     manifest = read_manifest(bundle(name))
-    assert (manifest.family, manifest.backend) == (FAMILIES[name], "hybrid")
+    assert (manifest.family, manifest.backend) == FAMILIES[name]
     pipeline: Any = load_pipeline(bundle(name), manifest, Execution("cpu"))
     requests = mixed()
     if not pipeline.source_rule.keeps_size:
@@ -143,7 +149,8 @@ def test_a_bundle_in_pytorch_is_opaque(bundle: Callable[[str], Path]) -> None:
     from img2img_export.read.checkpoint import Layout
 
     plans = list(plans_for(Layout("Flux2KleinPipeline", {"transformer": ("diffusers", "Flux2Transformer2DModel")}, ()), "auto"))
-    assert [(plan.backend, plan.family) for plan in plans] == [("hybrid", "flux-2-klein"), ("torch", WHOLE)]
+    stepped = [("onnx", "flux-2-klein"), ("hybrid", "flux-2-klein")]
+    assert [(plan.backend, plan.family) for plan in plans] == [*stepped, ("torch", WHOLE)]
 
 
 @pytest.mark.parametrize("name", ["klein", "qwenimage"])

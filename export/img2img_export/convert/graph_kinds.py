@@ -351,5 +351,5 @@ KINDS: dict[str, type[GraphKind]] = {
 }
 """The kinds by module class."""
 
-LANGUAGE_MODELS = ("Qwen3ForCausalLM",)
+LANGUAGE_MODELS = ("Qwen3ForCausalLM", "Mistral3ForConditionalGeneration")
 """The classes that are language models."""

@@ -41,6 +41,9 @@ GRAPHS = {
     "FluxImg2ImgPipeline": ("flux", ("text_encoder", "text_encoder_2", "transformer", "vae")),
     "FluxControlImg2ImgPipeline": ("flux-control", ("text_encoder", "text_encoder_2", "transformer", "vae")),
     "ChromaImg2ImgPipeline": (WHOLE, ("text_encoder", "transformer", "vae")),
+    "FluxKontextPipeline": ("flux-kontext", ("text_encoder", "text_encoder_2", "transformer", "vae")),
+    "Flux2KleinPipeline": ("flux-2-klein", ("text_encoder", "transformer", "vae")),
+    "Flux2Pipeline": ("flux-2", ("text_encoder", "transformer", "vae")),
 }
 """Pipeline classes that become graphs entirely: the server's family name, and the components."""
 
@@ -145,7 +148,8 @@ def plans_for(layout: Layout, backend: Backend) -> Iterator[Plan]:
         stepped = TOKEN_GRAPHS.get(name, family)
         yield Plan(name, stepped, "hybrid", denoiser, "requested with --backend hybrid" if backend == "hybrid" else reason)
     if backend in ("auto", "torch"):
-        yield Plan(name, family, "torch", (), "requested with --backend torch" if backend == "torch" else reason)
+        whole = WHOLE if name in TOKEN_GRAPHS else family
+        yield Plan(name, whole, "torch", (), "requested with --backend torch" if backend == "torch" else reason)
 
 
 def _image_class(name: str) -> str:

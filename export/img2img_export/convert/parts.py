@@ -54,7 +54,7 @@ def text_part(name: str, module: Any, hidden_states: bool, masked: bool = False,
     """
     kind = _text_kind(name, module, hidden_states, read)
     is_language_model = isinstance(kind, LanguageModel)
-    settings = {"use_cache": False} if is_language_model else {}
+    settings: dict[str, Any] = {"use_cache": False} if is_language_model else {}
     if is_language_model and hasattr(module, "lm_head"):
         settings["logits_to_keep"] = 1  # nothing reads logits
 

@@ -21,6 +21,10 @@ from img2img_server.runtime.common.diffusers_import import diffusers, randn_tens
 from img2img_server.runtime.common.pipe import latent_size, parts
 from img2img_server.runtime.execution import Execution
 
+LATENT_STATISTICS = ("running_mean", "running_var")
+"""The buffers of a VAE's batch norm (`bn`), by which pipelines normalize latents (FLUX.2). A bundle has them as lists in the
+configuration of the VAE's graphs."""
+
 
 def tensor_of(output: Any) -> torch.Tensor:
     """The tensor that represents an encoder's output. Raises AttributeError for outputs of other kinds."""

@@ -24,7 +24,7 @@ from img2img_server.errors import BundleError
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.diffusers_import import FrozenDict, diffusers
 from img2img_server.runtime.common.pipe import parts
-from img2img_server.runtime.common.vae import BoundedVae, output_of
+from img2img_server.runtime.common.vae import LATENT_STATISTICS, BoundedVae, output_of
 from img2img_server.runtime.onnx.control_inputs import missing_inputs, needs_control_graph
 from img2img_server.runtime.onnx.runners import Runner, dtype_of
 from img2img_server.runtime.onnx.token_graphs import GRAPHS, MARK, TokenGraph
@@ -169,9 +169,8 @@ class OnnxTextEncoder(OnnxModule):
 
     def _layers(self, states: Mapping[int, torch.Tensor]) -> int:
         """The number of layers of the module, of which a language model's graph may lack the last ones."""
-        if hasattr(self.config, "get_text_config"):
-            return int(self.config.get_text_config().num_hidden_layers)
-        return max(states)
+        config: Any = self.config if isinstance(self.config, Mapping) else self.config.to_dict()
+        return int(config.get("text_config", config).get("num_hidden_layers", max(states)))
 
 
 class OnnxDenoiser(OnnxModule):
@@ -269,13 +268,16 @@ class OnnxDenoiser(OnnxModule):
 class OnnxVae(OnnxModule):
     """A VAE of two graphs: pixels [B, 3, H, W] in [-1, 1] to latents or a distribution of them, and back.
 
-    A call takes at most `memory` bytes, None for no bound: see common/vae.py.
+    `bn` has the statistics of a batch norm of latents that pipelines read, if the VAE has them. A call takes at most `memory`
+    bytes, None for no bound: see common/vae.py.
     """
 
     def __init__(self, encoder: Graph, decoder: Graph, folder: Path, device: str = "cpu", memory: int | None = None) -> None:
         super().__init__(read_config(folder), device)
         self._encoder = encoder
         self._decoder = decoder
+        statistics = {name: torch.tensor(self.config[name], device=device) for name in LATENT_STATISTICS if name in self.config}
+        self.bn = SimpleNamespace(**statistics)
         self._bounded = BoundedVae(
             self.config,
             lambda pixels: encoder(sample=pixels)["latent_parameters"],
