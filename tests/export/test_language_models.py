@@ -9,16 +9,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from covering import nightly_but
 from diffusers import DiffusionPipeline
-from img2img_export.component import described
+from img2img_export.component import _make, described
 from img2img_export.convert.emulation import value_types
 from img2img_export.convert.external_weights import GRAPH_NAME, constants
 from img2img_export.convert.parts import Part, Tensors
 from img2img_export.convert.tracing import trace
+from img2img_export.convert.weight_only import OPERATOR
 from img2img_export.errors import ExportError
 from img2img_export.progress import Progress
-from img2img_export.verify.parity import Case, open_graph
+from img2img_export.verify.parity import Case, compare, open_graph, problems_of
 from img2img_export.verify.recorded_inputs import Calls, Recorder
+from img2img_server.bundle.manifest import limits_of
 from img2img_server.runtime.onnx.modules import Graph, OnnxTextEncoder
 from img2img_server.runtime.onnx.runners import HostRunner
 
@@ -122,6 +125,22 @@ def test_half_precision_has_exact_rotary_frequencies_and_half_precision_products
     frequencies = rotary.inv_freq.numpy()
     same = [value for value in constants(half.model).values() if value.size == frequencies.size and value.dtype == np.float32]
     assert any((value.reshape(-1) == frequencies).all() for value in same)
+
+
+@pytest.mark.parametrize("numbers", nightly_but(["fp16:int4", "fp16:", "bf16:", "int8:", "fp32:int8"], "fp16:int4"))
+def test_each_precision_passes_the_comparisons_of_an_export(numbers: str, made: Made, tmp_path: Path) -> None:
+    """With every matrix of the layers in it."""
+    precision: Any
+    narrow: Any
+    precision, narrow = numbers.split(":")
+    graph = _make(copy.deepcopy(made.module), made.part, made.example, precision, narrow, 32)
+    products = 7 * max(made.calls.states)
+    assert sum(node.op_type == OPERATOR for node in graph.model.graph.node) == (products if narrow else 0)
+    assert sum(weight.dtype == torch.int8 for weight in graph.weights.values()) == (products if precision == "int8" else 0)
+    graph.write(tmp_path, Progress(), "text_encoder")
+    found = compare(made.part, open_graph(tmp_path / GRAPH_NAME), made.cases, limits_of(precision, narrow))
+    assert not list(problems_of(found))
+    assert max(part.relative_error for part in found) > 1e-7, "other numbers than in fp32"
 
 
 def test_pipeline_with_the_graph_encodes_the_same_text(made: Made, read: tuple[int, ...]) -> None:

@@ -174,3 +174,14 @@ def test_previews_of_the_last_step_show_the_result(name: str, bundle: Callable[[
         difference = np.asarray(drawn, int) - np.asarray(expected, int)
         assert np.abs(difference).max() <= 1
         assert np.asarray(drawn).std() > 1
+
+
+@pytest.mark.parametrize("name", nightly_but([name for name, (_, backend) in FAMILIES.items() if backend == "onnx"], "klein"))
+def test_models_of_graphs_have_no_weights_in_pytorch(name: str, bundle: Callable[[str], Path]) -> None:
+    """Neither in memory, also after an image, nor in the bundle."""
+    pipeline: Any = load_pipeline(bundle(name), read_manifest(bundle(name)), Execution("cpu"))
+    run_alone(pipeline, make_request(image=source(64, 64, 1), prompt="a lake", num_inference_steps=1))
+    modules = [part for part in pipeline._pipe.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(modules) >= 3
+    assert not [weight.shape for part in modules for weight in (*part.parameters(), *part.buffers())]
+    assert not list(bundle(name).rglob("*.safetensors"))

@@ -15,6 +15,7 @@ from diffusers.models.transformers import transformer_chroma, transformer_flux, 
 from img2img_server.bundle.image_encoders import EMBEDS, PIXELS, STATES
 from optimum.exporters.base import ExporterConfig
 from optimum.utils import NormalizedConfig
+from transformers import masking_utils
 
 from img2img_export.errors import ExportError
 
@@ -76,6 +77,11 @@ def _rotate(x: torch.Tensor, freqs_cis: Any, use_real: bool = True, use_real_unb
     return (x.float() * cos + turned.float() * sin).to(x.dtype)
 
 
+def _padding(padding_mask: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """transformers' function for masks [B, T] of padded texts, without indices, which CUDA graphs cannot record."""
+    return lambda *_: padding_mask[:, None, None]
+
+
 def _embed_time(self: Any, timestep: torch.Tensor) -> torch.Tensor:
     """Chroma's embedding of timesteps [B] and the indices of its modulations. There, `[0] * batch_size` freezes the batch."""
     embedded = torch.cat([self.time_proj(timestep), self.guidance_proj(torch.zeros_like(timestep))], dim=1)
@@ -114,6 +120,7 @@ class GraphKind(ExporterConfig):  # type: ignore[misc]
         (torch.nn.functional, "scaled_dot_product_attention", _attend),
         *((module, "apply_rotary_emb", _rotate) for module in (transformer_flux, transformer_flux2, transformer_longcat_image)),
         (transformer_chroma.ChromaCombinedTimestepTextProjEmbeddings, "forward", _embed_time),
+        (masking_utils, "padding_mask_function", _padding),
     )
     """Functions that cannot be traced: their module, their name, and a traceable replacement."""
     ROUNDING: tuple[tuple[Any, str], ...] = (

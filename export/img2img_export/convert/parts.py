@@ -54,12 +54,11 @@ def text_part(name: str, module: Any, hidden_states: bool, masked: bool = False,
     """
     kind = _text_kind(name, module, hidden_states, read)
     is_language_model = isinstance(kind, LanguageModel)
-    settings: dict[str, Any] = {"use_cache": False} if is_language_model else {}
-    if is_language_model and hasattr(module, "lm_head"):
-        settings["logits_to_keep"] = 1  # nothing reads logits
+    settings = {"use_cache": False} if is_language_model else {}
 
     def call(encoder: Any, inputs: Tensors) -> Tensors:
-        output = encoder(**inputs, **settings, output_hidden_states=hidden_states, return_dict=True)
+        reader = encoder.base_model if is_language_model else encoder  # without logits, which nothing reads
+        output = reader(**inputs, **settings, output_hidden_states=hidden_states, return_dict=True)
         found = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
         states = enumerate(output.hidden_states) if hidden_states else ()
         return _ordered({**found, **{f"hidden_states.{index}": state for index, state in states}}, kind.outputs)
