@@ -13,6 +13,7 @@ import bench_host
 import bench_http
 import bench_image_prompts
 import bench_loras
+import bench_padding
 import bench_providers
 import bench_ray
 import bench_request
@@ -53,6 +54,7 @@ def main() -> int:
     apart = {
         "loras": (bench_loras, "steps with LoRAs of requests, against none and against calls divided by LoRA (1 minute)"),
         "image-prompts": (bench_image_prompts, "steps with image prompts of requests, against none (1 minute)"),
+        "padding": (bench_padding, "images of different token counts in one call, against a call for each (2 minutes)"),
         "peers": (
             bench_peers,
             "many concurrent requests, compared with LitServe and BentoML (10 minutes, after scripts/peers_setup)",

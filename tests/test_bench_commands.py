@@ -8,6 +8,7 @@ from types import ModuleType
 import bench_export
 import bench_growth
 import bench_http
+import bench_padding
 import bench_ray
 import bench_request
 import bench_rounding
@@ -26,6 +27,7 @@ from bench_load import measuring, servers
     [
         (bench_growth, ["--waiting", "50", "100", "--times", "3"], "a client each"),
         (bench_http, ["--requests", "2", "--sizes", "64"], "64 x 64"),
+        (bench_padding, ["--heads", "1", "--blocks", "1", "--sides", "8", "--rounds", "1"], "│ equal"),
         pytest.param(
             bench_request, ["--requests", "1", "--starts", "1"], "request through the server", marks=pytest.mark.nightly
         ),

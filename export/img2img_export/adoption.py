@@ -108,7 +108,7 @@ def _compare_with(
     with tempfile.TemporaryDirectory(dir=bundle.parent) as folder:
         layout, _ = fill_tree(checkpoint, asked, Path(folder), progress)
         loader = Loader(Path(folder), layout, options.variant)
-        drawn = draw(loader, plan, asked, progress)
+        drawn = draw(loader, plan, asked, progress, ours=False)
         parities: list[ComponentParity] = []
         for component in components:
             progress.stage(f"{component.name}: comparing with PyTorch")

@@ -248,15 +248,16 @@ def describe(attempt: Attempt, options: ExportOptions) -> Manifest:
     )
 
 
-def draw(loader: Loader, plan: Plan, options: ExportOptions, progress: Progress) -> Drawn:
-    """Generates the references with diffusers in fp32, and fits the linear map for previews."""
+def draw(loader: Loader, plan: Plan, options: ExportOptions, progress: Progress, ours: bool = True) -> Drawn:
+    """Generates the references with diffusers in fp32, and fits the linear map for previews. Graphs that are not `ours` take no
+    tokens, but what diffusers' classes take."""
     pipeline = _load(loader, options)
     cases = images.image_cases(pipeline, plan.family)
     progress.stage(f"generating {len(cases)} reference images with diffusers")
     with computing_in_fp32(*models.modules(pipeline).values()):
         # Static int8 needs the ranges of many calls.
         is_calibrated = options.precision == "int8" and not STATIC.isdisjoint(plan.graphs)
-        with Recorder(pipeline, plan.graphs, STATIC_GRAPHS if is_calibrated else (), plan.tokens) as recorder:
+        with Recorder(pipeline, plan.graphs, STATIC_GRAPHS if is_calibrated else (), plan.tokens if ours else ()) as recorder:
             references = tuple(images.make_references(pipeline, cases))
             if is_calibrated:
                 more = images.calibration_cases(pipeline, plan.family)

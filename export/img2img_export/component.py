@@ -385,12 +385,12 @@ def _further(
     rows = len(next(iter(example.values())))
     adapters = lora_graph.example_inputs(layers, rows)
     made: dict[str, _Further] = {}
+    largest = sorted(cases, key=lambda case: len(next(iter(case.inputs.values()))))[-2:]
     if layers:
         lora = lora_graph.adapted(part, layers)
-        largest = sorted(cases, key=lambda case: len(next(iter(case.inputs.values()))))[-2:]
         made["lora"] = _Further(lora, adapters, lora_cases.lora_cases(part, module, layers, largest))
     if has_controls:
-        control, residuals, case = control_cases.residual_case(part, module, example, cases[-1])
+        control, residuals, case = control_cases.residual_case(part, module, example, largest[-1])
         made["control"] = _Further(control, residuals, [case])
         if layers:
             both = lora_graph.adapted(control, layers)

@@ -13,11 +13,12 @@ import onnx
 import pytest
 import torch
 from covering import nightly_but
-from img2img_export.convert import bfloat16, emulation
+from img2img_export.convert import bfloat16, emulation, token_graphs
 from img2img_export.convert.external_weights import GRAPH_NAME, ExternalWeightsGraph, Weight
 from img2img_export.convert.parts import Part, Tensors, denoiser_part, flatten, text_part, vae_parts
 from img2img_export.convert.tracing import trace
 from img2img_export.progress import Progress
+from img2img_export.verify import control_cases
 from onnx import TensorProto, helper
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based:DeprecationWarning")
@@ -163,9 +164,28 @@ def test_half_precision_does_not_round_timestep_and_guidance(
         return {name: value for name, value in made.items() if name in taken}
 
     example, other = call(12), call(16)
-    part = denoiser_part("transformer", module, [example, other], example)
+    if kind.__name__ in token_graphs.KINDS:
+        part, graph = token_graphs.token_part("transformer", module)
+        example, other = graph.graph.inputs(example), graph.graph.inputs(other)
+    else:
+        part = denoiser_part("transformer", module, [example, other], example)
     bfloat16.to_bfloat16(trace(module, part, example, torch.float16)).write(tmp_path, Progress(), name)
     found = emulation.open_emulated(tmp_path / GRAPH_NAME).run(None, {key: value.numpy() for key, value in other.items()})[0]
     with torch.no_grad():
         expected = part.call(module, other)["out_hidden_states"].numpy()
     assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("letter", ["a", *nightly_but(["u", "x"])])
+def test_half_precision_rounds_no_timestep_of_a_controlnet_of_flux(
+    letter: str, tiny_controlnet: Callable[[str], Path], tmp_path: Path
+) -> None:
+    module = diffusers.FluxControlNetModel.from_pretrained(tiny_controlnet(f"flux-dev-{letter}")).eval()
+    part, example, cases = control_cases.described(module, 3, 5)
+    bfloat16.to_bfloat16(trace(module, part, example, torch.float16)).write(tmp_path, Progress(), letter)
+    graph = emulation.open_emulated(tmp_path / GRAPH_NAME)
+    for case in cases:
+        inputs = {name: value.numpy() for name, value in case.inputs.items()}
+        for name, found in zip(case.expected, graph.run(list(case.expected), inputs), strict=True):
+            expected = case.expected[name]
+            assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)

@@ -1,6 +1,8 @@
 """Stable Diffusion 3 and Flux, stepped by the engine: mixed requests share calls, and each image is diffusers' own, to 1/255."""
 
+import copy
 import inspect
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,9 @@ import pytest
 import torch
 from covering import covering
 from fakes import Caller, Clock, make_request, run_out
+from img2img_export.convert.parts import denoiser_part
+from img2img_export.convert.tracing import trace
+from img2img_export.progress import Progress
 from img2img_server.bundle.manifest import Manifest, read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
@@ -32,12 +37,12 @@ MODELS = {"sd3-no-t5": StableDiffusion3, "sd3": StableDiffusion3, "flux-dev": Fl
 KINDS = ("sd3-no-t5", "flux-dev")
 SIZES = ((64, 64), (96, 64), (80, 112))
 
-Load = Callable[..., StableDiffusion3]
+Load = Callable[..., StableDiffusion3 | Flux]
 
 
 @pytest.fixture(scope="module")
 def load(bundle: Callable[[str], Path]) -> Load:
-    def get(name: str, **changes: Any) -> StableDiffusion3:
+    def get(name: str, **changes: Any) -> StableDiffusion3 | Flux:
         manifest = replace(read_manifest(bundle(name)), **changes)
         pipeline = load_pipeline(bundle(name), manifest, Execution("cpu"), cache=Cache(2**20))
         assert type(pipeline) is MODELS[name]
@@ -104,14 +109,15 @@ def images_of(caller: Caller) -> tuple[Image.Image, ...]:
 
 def count_calls(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], Clock]:
     """The rows of each call of the transformer from now on, and a clock by which each takes a second."""
-    rows, clock, forward = list[int](), Clock(), pipeline._denoiser.forward
+    name = "forward" if getattr(pipeline._denoiser, "tokens", None) is None else "predict"
+    rows, clock, call = list[int](), Clock(), getattr(pipeline._denoiser, name)
 
     def counted(**inputs: Any) -> Any:
         rows.append(len(inputs["hidden_states"]))
         clock.now += 1
-        return forward(**inputs)
+        return call(**inputs)
 
-    monkeypatch.setitem(pipeline._denoiser.__dict__, "forward", counted)
+    monkeypatch.setitem(pipeline._denoiser.__dict__, name, counted)
     return rows, clock
 
 
@@ -155,14 +161,82 @@ def test_mixed_requests_share_calls_without_graphs(
             assert difference(images_of(caller)[0], expected(oracle(name), request, request.seeds[0])) <= 1
 
 
-def test_flux_requests_of_different_sizes_do_not_share_calls(
+def turned(*sizes: tuple[int, int]) -> list[Request]:
+    """Requests of 5 and 3 steps for images of two sizes, of which the second draws two."""
+    first, second = sizes
+    return [
+        make_request(image=source(first, 1), prompt="a lake at sunset", strength=0.7, num_inference_steps=6, guidance_scale=4.0),
+        make_request(
+            image=source(second, 2), prompt="winter", strength=1.0, num_inference_steps=3, guidance_scale=2.0, seeds=(8, 9)
+        ),
+    ]
+
+
+@pytest.mark.parametrize("name", ["flux", "flux-dev"])
+def test_portrait_and_landscape_images_of_flux_share_calls(
+    name: str, load: Load, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image is diffusers' own, and the same bits as alone."""
+    requests, pipeline = turned((96, 64), (64, 96)), load(name)
+    alone = [run_alone(pipeline, request) for request in requests]
+    callers, rows = run_together(pipeline, requests, monkeypatch)
+    assert rows == [3, 3, 3, 1, 1]
+    for request, caller, own in zip(requests, callers, alone, strict=True):
+        for seed, image, same in zip(request.seeds, images_of(caller), own, strict=True):
+            assert difference(image, expected(oracle(name), request, seed)) <= 1
+            assert difference(image, same) == 0
+
+
+def test_flux_images_with_different_token_counts_do_not_share_calls(
     load: Load, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Flux's position ids have no rows."""
     requests = [make_request(image=source(size), num_inference_steps=2, strength=1.0) for size in SIZES]
     callers, rows = run_together(load("flux-dev"), requests, monkeypatch)
     assert rows == [1] * 6
     for request, caller in zip(requests, callers, strict=True):
+        assert difference(images_of(caller)[0], expected(oracle("flux-dev"), request, request.seeds[0])) <= 1
+
+
+def test_flux_in_pytorch_shares_calls_for_images_of_one_size_only(
+    oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The position ids of diffusers' class have no rows."""
+    pipeline, requests = Flux(oracle("flux-dev"), "torch:cpu", 1, Cache(0)), turned((96, 64), (64, 96))
+    with torch.inference_mode():
+        callers, rows = run_together(pipeline, requests, monkeypatch)
+        monkeypatch.undo()
+        assert sorted(rows) == [1, 1, 1, 1, 1, 2, 2, 2]
+        for request, caller in zip(requests, callers, strict=True):
+            assert difference(images_of(caller)[0], expected(oracle("flux-dev"), request, request.seeds[0])) <= 1
+
+
+def test_graph_with_position_ids_is_stepped(
+    bundle: Callable[[str], Path], oracle: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As other tools make it, and earlier versions did. The images of a call have one size."""
+    old = Path(shutil.copytree(bundle("flux-dev"), tmp_path / "old"))
+    module = copy.deepcopy(oracle("flux-dev").transformer)
+    calls = [
+        {
+            "hidden_states": torch.randn(2, tokens, 64),
+            "encoder_hidden_states": torch.randn(2, text, module.config.joint_attention_dim),
+            "pooled_projections": torch.randn(2, module.config.pooled_projection_dim),
+            "timestep": torch.tensor([0.4, 0.9]),
+            "guidance": torch.tensor([3.0, 4.0]),
+            "txt_ids": torch.zeros(text, 3),
+            "img_ids": torch.zeros(tokens, 3),
+        }
+        for tokens, text in ((12, 7), (16, 9))
+    ]
+    part = denoiser_part("transformer", module, calls, calls[0])
+    trace(module, part, calls[0]).write(old / "transformer", Progress(), "transformer")
+    manifest = read_manifest(old)
+    parts = tuple(replace(one, fused="", lora="") if one.name == "transformer" else one for one in manifest.components)
+    pipeline, requests = load_pipeline(old, replace(manifest, components=parts), Execution("cpu")), turned((96, 64), (64, 96))
+    assert isinstance(pipeline, Flux)
+    callers, rows = run_together(pipeline, [*requests, requests[0]], monkeypatch)
+    assert sorted(rows) == [2] * 8
+    for request, caller in zip(requests, callers, strict=False):
         assert difference(images_of(caller)[0], expected(oracle("flux-dev"), request, request.seeds[0])) <= 1
 
 
@@ -248,7 +322,7 @@ def test_previews_show_the_latents_predicted_by_a_step(name: str, load: Load, bu
     assert [image is not None for image in seen] == [False, True, False, True]
     assert seen[1].size == seen[3].size == (12, 8)
     # An Euler step to a noise level of zero ends at the prediction itself.
-    assert difference(seen[3], preview.draw(state.latents, weights)[0]) <= 1
+    assert difference(seen[3], preview.draw(pipeline._final_latents(state), weights)[0]) <= 1
     assert difference(seen[1], seen[3]) > 1
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from img2img_server.bundle.controls import FAMILY, IMAGE, MODE, SAMPLE_OF, SAMPLES, SCALE, SINGLE_OF, SINGLES
 
-from img2img_export.convert.graph_kinds import Axes, FluxTransformer
+from img2img_export.convert.graph_kinds import Axes
 from img2img_export.convert.parts import Part, Tensors
+from img2img_export.convert.token_graphs import FluxKind, flux_arguments
 
 _ROWS = {0: "batch_size"}
 _TOKENS = {0: "batch_size", 2: "packed_height_width"}
@@ -23,7 +24,7 @@ _EXAMPLE_SAMPLES = {SAMPLES: 2, SINGLES: 3}
 """Numbers of samples to trace and compare with."""
 
 
-class FluxControlNet(FluxTransformer):
+class FluxControlNet(FluxKind):
     """A ControlNet of Flux, alone or a union."""
 
     @property
@@ -34,7 +35,7 @@ class FluxControlNet(FluxTransformer):
         if reads_pixels(self._config):
             names[IMAGE] = {**_ROWS, 2: "image_height", 3: "image_width"}
         else:
-            names[IMAGE] = {**_ROWS, 1: "packed_height_width"}
+            names[IMAGE] = names["hidden_states"]
         return names | ({MODE: _ROWS} if is_union(self._config) else {}) | {SCALE: _ROWS}
 
     @property
@@ -42,6 +43,21 @@ class FluxControlNet(FluxTransformer):
         """The samples [B, K, N, D]."""
         counts = {SAMPLES: self._config.num_layers, SINGLES: self._config.num_single_layers}
         return {name: _TOKENS for name, count in counts.items() if count}
+
+    def call(self, model: Any, inputs: Tensors) -> Tensors:
+        """Runs diffusers' `model` on the graph's inputs."""
+        with flux_arguments(model, inputs) as arguments:
+            return self.samples(model, arguments | self.control(inputs))
+
+    def samples(self, model: Any, call: dict[str, Any]) -> Tensors:
+        """The outputs of diffusers' `model` for a call of it, by name."""
+        found = dict(zip((SAMPLES, SINGLES), model(**call, return_dict=False), strict=True))
+        return {name: torch.stack(list(found[name]), dim=1) for name in self.outputs}
+
+    def control(self, inputs: Tensors) -> dict[str, Any]:
+        """The arguments of diffusers' class that only ControlNets have, for the graph's inputs."""
+        modes = {"controlnet_mode": inputs[MODE][:, None]} if is_union(self._config) else {}
+        return {"controlnet_cond": inputs[IMAGE], "conditioning_scale": inputs[SCALE][:, None, None], **modes}
 
 
 def reads_pixels(config: Any) -> bool:
@@ -54,19 +70,10 @@ def is_union(config: Any) -> bool:
     return config.num_mode is not None
 
 
-def control_part(module: Any) -> Part:
+def control_part(module: Any) -> tuple[Part, FluxControlNet]:
     """A ControlNet: from the transformer's inputs and control images to the samples, multiplied by the scales."""
     kind = FluxControlNet(module.config)
-
-    def call(net: Any, tensors: Tensors) -> Tensors:
-        given = {name: tensors[name] for name in kind.inputs if name not in (MODE, SCALE)}
-        if is_union(net.config):
-            given["controlnet_mode"] = tensors[MODE][:, None]
-        samples, singles = net(**given, conditioning_scale=tensors[SCALE][:, None, None], return_dict=False)
-        found = {SAMPLES: samples, SINGLES: singles}
-        return {name: torch.stack(list(found[name]), dim=1) for name in kind.outputs}
-
-    return Part(FAMILY, FAMILY, kind.inputs, kind.outputs, call, kind)
+    return Part(FAMILY, FAMILY, kind.inputs, kind.outputs, kind.call, kind), kind
 
 
 def controlled(part: Part) -> Part:

@@ -24,7 +24,6 @@ Axes = dict[str, dict[int, str]]
 
 _TEXT = {0: "batch_size", 1: "sequence_length"}
 _IMAGE = {0: "batch_size", 2: "height", 3: "width"}
-_PACKED = {0: "batch_size", 1: "packed_height_width"}
 
 
 def _normalize(input: torch.Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> torch.Tensor:
@@ -250,55 +249,6 @@ class SD3Transformer(GraphKind):
         return {"out_hidden_states": _IMAGE}
 
 
-class FluxTransformer(GraphKind):
-    """Flux' transformer. Its `forward` rounds timestep and guidance to the weights' type before it takes their sines, which are
-    then of angles up to 2 radians off; the graph takes those of the numbers themselves."""
-
-    EXACT = ("timestep", "guidance")
-
-    @contextlib.contextmanager
-    def patched(self) -> Iterator[None]:
-        """Also exchanges the embedding of timestep and guidance."""
-        kind: Any = transformer_flux.FluxTransformer2DModel
-        rounding = kind.forward
-
-        def forward(model: Any, **inputs: Any) -> Any:
-            numbers = [inputs[name].float() * 1000 for name in self.EXACT if inputs.get(name) is not None]
-            embedding = model.time_text_embed
-
-            def embed(*rounded: torch.Tensor) -> torch.Tensor:
-                pooled = rounded[-1]
-                embedded = embedding.timestep_embedder(embedding.time_proj(numbers[0]).to(pooled.dtype))
-                for guidance in numbers[1:]:
-                    embedded = embedded + embedding.guidance_embedder(embedding.time_proj(guidance).to(pooled.dtype))
-                total: torch.Tensor = embedded + embedding.text_embedder(pooled)
-                return total
-
-            with patch.object(embedding, "forward", embed):
-                return rounding(model, **inputs)
-
-        with super().patched(), patch.object(kind, "forward", forward):
-            yield
-
-    @property
-    def inputs(self) -> Axes:
-        """Packed latents [B, N, C], text [B, T, D] and [B, P], timesteps [B], positions [T, 3] and [N, 3], guidance [B]."""
-        names: Axes = {
-            "hidden_states": _PACKED,
-            "encoder_hidden_states": _TEXT,
-            "pooled_projections": {0: "batch_size"},
-            "timestep": {0: "step"},
-            "txt_ids": {0: "sequence_length"},
-            "img_ids": {0: "packed_height_width"},
-        }
-        return names | ({"guidance": {0: "batch_size"}} if self._config.guidance_embeds else {})
-
-    @property
-    def outputs(self) -> Axes:
-        """The prediction, packed like the latents."""
-        return {"out_hidden_states": _PACKED}
-
-
 class VaeEncoder(GraphKind):
     """The encoder of an AutoencoderKL."""
 
@@ -354,7 +304,6 @@ KINDS: dict[str, type[GraphKind]] = {
     "T5EncoderModel": T5Encoder,
     "UNet2DConditionModel": UNet,
     "SD3Transformer2DModel": SD3Transformer,
-    "FluxTransformer2DModel": FluxTransformer,
 }
 """The kinds by module class."""
 

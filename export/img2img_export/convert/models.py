@@ -59,6 +59,9 @@ TOKEN_GRAPHS = {
 """Pipeline classes whose transformer becomes a graph of tokens (token_graphs.py), and the server's family name: the engine steps
 them if it has that graph."""
 
+_TOKENS = (*TOKEN_GRAPHS, "FluxImg2ImgPipeline", "FluxControlImg2ImgPipeline", FLUX_FILL)
+"""All pipeline classes whose transformer becomes a graph of tokens."""
+
 _OWN_CLASS = {
     **{name: name for name in (*INPAINTING, FLUX_FILL)},
     "StableDiffusionInstructPix2PixPipeline": "StableDiffusionInstructPix2PixPipeline",
@@ -117,7 +120,7 @@ class Plan:
     @property
     def tokens(self) -> tuple[str, ...]:
         """The components that become graphs of tokens."""
-        return tuple(name for name in self.graphs if name in DENOISERS and self.pipeline_class in TOKEN_GRAPHS)
+        return tuple(name for name in self.graphs if name in DENOISERS and self.pipeline_class in _TOKENS)
 
 
 def plan(layout: Layout, backend: Backend) -> Plan:

@@ -1,4 +1,4 @@
-"""The transformers of Flux Kontext, FLUX.2, Qwen-Image and Z-Image as graphs of batched tokens.
+"""The transformers of Flux, FLUX.2, Qwen-Image and Z-Image as graphs of batched tokens.
 
 Traced as they are, these classes become graphs of one size and one row, or none at all: they take positions without a batch axis,
 sizes as Python numbers, or lists, and turn them into rotary tables by complex numbers. Here their blocks are called in the order
@@ -85,7 +85,7 @@ class TokenKind(GraphKind):
 
 
 class FluxKind(TokenKind):
-    """Flux Kontext."""
+    """Flux, also Kontext, Fill, Depth and Canny."""
 
     _positions: Callable[[int, Sequence[Size]], tuple[Positions, Positions]] = staticmethod(rotary.flux_positions)
 
@@ -110,15 +110,8 @@ class FluxKind(TokenKind):
         return call | ({"guidance": torch.tensor([1 + 4 * timestep])} if self._guidance() else {})
 
     def _denoise(self, model: Any, **inputs: torch.Tensor) -> torch.Tensor:
-        where, guidance = _where(inputs), inputs.get("guidance")
-        conditions = [inputs["timestep"] * 1000, *([] if guidance is None else [guidance * 1000])]
-        embedded = model.time_text_embed(*conditions, inputs["pooled_projections"])
-        image, text = model.x_embedder(inputs["hidden_states"]), model.context_embedder(inputs["encoder_hidden_states"])
-        blocks = model.transformer_blocks, model.single_transformer_blocks
-        with _processors(blocks[0], _Joint()), _processors(blocks[1], _Single()):
-            for block in (*blocks[0], *blocks[1]):
-                text, image = block(image, text, embedded, where)
-        found: torch.Tensor = model.proj_out(model.norm_out(image, embedded))
+        with flux_arguments(model, inputs) as arguments:
+            found: torch.Tensor = model(**arguments, return_dict=False)[0]
         return found
 
 
@@ -239,6 +232,26 @@ def token_part(name: str, module: Any) -> tuple[Part, TokenKind]:
     """Describes the graph of a transformer in KINDS."""
     kind = KINDS[type(module).__name__](module.config)
     return Part(name, name, kind.inputs, kind.outputs, kind.call, kind), kind
+
+
+@contextlib.contextmanager
+def flux_arguments(model: Any, inputs: Tensors) -> Iterator[dict[str, Any]]:
+    """The arguments of a call of Flux's transformer, or of a ControlNet of it, for inputs of its graph, of which other names are
+    ignored. Within it, the module reads the inputs' rotary tables and exact timesteps: diffusers rounds timestep and guidance to
+    the weights' type before it takes their sines, which are then of angles up to 2 radians off."""
+    where, embed, guidance = _where(inputs), model.time_text_embed.forward, inputs.get("guidance")
+    if getattr(model, "union", False):  # its kind of image is a token before the text
+        where = _Where(*(torch.cat([table[:, :1], table], 1) for table in (where.cos, where.sin)))
+    exact = [inputs["timestep"] * 1000, *([] if guidance is None else [guidance * 1000])]
+    with (
+        patch.object(model.pos_embed, "forward", lambda _: where),
+        patch.object(model.time_text_embed, "forward", lambda *rounded: embed(*exact, rounded[-1])),
+        _processors(model.transformer_blocks, _Joint()),
+        _processors(model.single_transformer_blocks, _Single()),
+    ):
+        names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+        unread = torch.zeros(1, 3)
+        yield {name: inputs[name] for name in names if name in inputs} | {"txt_ids": unread, "img_ids": unread}
 
 
 def _where(inputs: Tensors) -> _Where:

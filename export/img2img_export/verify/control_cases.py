@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 from img2img_server.bundle.controls import FLUX_CLASS, IMAGE, MODE, SCALE
+from img2img_server.runtime.onnx import token_graphs
 
 from img2img_export.convert import control_graph, flux_control, image_prompts
+from img2img_export.convert.flux_control import FluxControlNet
 from img2img_export.convert.parts import Part, Tensors
+from img2img_export.convert.token_graphs import Layout
 from img2img_export.verify import image_prompt_cases
 from img2img_export.verify.parity import Case
 
@@ -26,34 +29,47 @@ _PIXELS = 16
 
 def described(module: Any, height: int, width: int) -> tuple[Part, Tensors, list[Case]]:
     """The graph of a ControlNet, inputs to trace it with, of that size, and its comparisons. It must compute in fp32."""
-    is_flux = type(module).__name__ == FLUX_CLASS
-    part, make = (flux_control.control_part(module), _flux_inputs) if is_flux else (control_graph.control_part(module), _inputs)
-    cases = [_case(f"random, batch {rows}, {h} x {w}", part, module, make(module, rows, h, w)) for rows, h, w in _BATCHES]
-    return part, make(module, 2, height, width), cases
+    if type(module).__name__ == FLUX_CLASS:
+        return _described_of_flux(module, height, width)
+    part = control_graph.control_part(module)
+    cases = [_case(_random(rows, h, w), part, module, _inputs(module, rows, h, w)) for rows, h, w in _BATCHES]
+    return part, _inputs(module, 2, height, width), cases
 
 
-def _flux_inputs(module: Any, rows: int, height: int, width: int) -> Tensors:
-    """Random inputs of a ControlNet of Flux for that many tokens."""
-    config, generator = module.config, torch.Generator("cpu").manual_seed(rows)
-    tokens = height * width
-    places = torch.cartesian_prod(torch.arange(height, dtype=torch.float32), torch.arange(width, dtype=torch.float32))
-    inputs = {
-        "hidden_states": torch.randn(rows, tokens, config.in_channels, generator=generator),
-        "encoder_hidden_states": torch.randn(rows, _TOKENS, config.joint_attention_dim, generator=generator),
-        "pooled_projections": torch.randn(rows, config.pooled_projection_dim, generator=generator),
-        "timestep": torch.tensor(_TIMESTEPS[:rows]) / 1000,
-        "txt_ids": torch.zeros(_TOKENS, 3),
-        "img_ids": torch.nn.functional.pad(places, (1, 0)),
-    }
-    if config.guidance_embeds:
-        inputs["guidance"] = torch.linspace(1, 7, rows)
-    if flux_control.reads_pixels(config):
-        inputs[IMAGE] = 2 * torch.rand(rows, 3, _PIXELS * height, _PIXELS * width, generator=generator) - 1
-    else:
-        inputs[IMAGE] = torch.randn(rows, tokens, config.in_channels, generator=generator)
+def _described_of_flux(module: Any, height: int, width: int) -> tuple[Part, Tensors, list[Case]]:
+    """As `described`. The expected samples of each row are those of diffusers' own `forward` for the row alone."""
+    part, kind = flux_control.control_part(module)
+    cases = []
+    for rows, h, w in _BATCHES:
+        inputs, calls = _flux_inputs(kind, module.config, rows, h, w)
+        with torch.no_grad():
+            found = [kind.samples(module, call) for call in calls]
+        expected = {name: torch.cat([one[name] for one in found]).float().numpy() for name in part.outputs}
+        cases.append(Case(_random(rows, h, w), inputs, expected, is_random=True))
+    return part, _flux_inputs(kind, module.config, 2, height, width)[0], cases
+
+
+def _flux_inputs(kind: FluxControlNet, config: Any, rows: int, height: int, width: int) -> tuple[Tensors, list[dict[str, Any]]]:
+    """Random inputs of a ControlNet of Flux for that many tokens, and a call of diffusers' class for each row. Every second image
+    is turned by a right angle, unless the ControlNet reads pixels, which have one size in a call."""
+    generator, pixels = torch.Generator("cpu").manual_seed(rows), flux_control.reads_pixels(config)
+    sizes = [(width, height) if row % 2 and not pixels else (height, width) for row in range(rows)]
+    calls = [
+        kind.example(Layout(_TOKENS, (size,)), timestep / 1000, generator)
+        for size, timestep in zip(sizes, _TIMESTEPS, strict=False)
+    ]
+    shape = (3, _PIXELS * height, _PIXELS * width) if pixels else (height * width, config.in_channels)
+    own = {IMAGE: torch.randn(rows, *shape, generator=generator), SCALE: torch.tensor(_SCALES[:rows])}
     if flux_control.is_union(config):
-        inputs[MODE] = torch.arange(rows) % config.num_mode
-    return inputs | {SCALE: torch.tensor(_SCALES[:rows])}
+        own[MODE] = torch.arange(rows) % config.num_mode
+    inputs = token_graphs.join([kind.graph.inputs(call) for call in calls]) | own
+    for row, call in enumerate(calls):
+        call |= kind.control({name: value[row : row + 1] for name, value in own.items()})
+    return inputs, calls
+
+
+def _random(rows: int, height: int, width: int) -> str:
+    return f"random, batch {rows}, {height} x {width}"
 
 
 def _inputs(module: Any, rows: int, height: int, width: int) -> Tensors:
@@ -78,7 +94,7 @@ def _inputs(module: Any, rows: int, height: int, width: int) -> Tensors:
 
 def residual_case(part: Part, module: Any, example: Tensors, case: Case) -> tuple[Part, Tensors, Case]:
     """The part of a denoiser's control graph, its further inputs to trace it with beside `example`, and its comparison: the
-    inputs of `case`, its first row without residuals, and without image prompts if the denoiser takes them.
+    inputs of `case`, of several rows, the first one without residuals, and without image prompts if the denoiser takes them.
 
     The denoiser must compute in fp32.
     """

@@ -360,6 +360,8 @@ def _controls(
         why = f" ({part.reason})" if part is not None and "no control" in part.reason.lower() else ""
         how = "--control-graphs" if family.denoiser_name == "transformer" else "this version of img2img"
         return NoControls(f"has no control graph{why or f': export it again with {how}'}")
+    if denoiser.tokens is None and family.denoiser_name == "transformer":
+        return NoControls("has a control graph of an older version of img2img: export it again with --control-graphs")
     return ModelControls(companions, denoiser, int(pipe.vae_scale_factor), _parameters(manifest, family.denoiser_name))
 
 

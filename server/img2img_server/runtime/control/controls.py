@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from img2img_server.bundle.adapters import WITHOUT_ROWS
 from img2img_server.bundle.control_kinds import check_fit, kind_of_model
 from img2img_server.bundle.controls import MODE
 from img2img_server.engine.request import ControlUse, Request
@@ -97,7 +96,8 @@ class ModelControls:
 
     def residuals(self, parts: Sequence[Rows], inputs: Inputs) -> dict[str, torch.Tensor]:
         """The control graph's further inputs for a call with the rows of `parts` and the denoiser's `inputs`; empty if no control
-        applies. Each ControlNet is called once; the residuals of a row are summed in the order of its controls."""
+        applies. Each ControlNet is called once for all control images of one size; the residuals of a row are summed in the order
+        of its controls."""
         total = sum(len(part.rows) for part in parts)
         calls = sorted(self._calls(parts, total, inputs), key=lambda call: call.order)
         config = self._denoiser.config
@@ -106,13 +106,13 @@ class ModelControls:
         return of_unet(calls, total)
 
     def _calls(self, parts: Sequence[Rows], total: int, inputs: Inputs) -> list[Called]:
-        """Calls each ControlNet once. Returns its residuals for each order of controls in requests."""
-        groups: dict[ControlNet, list[tuple[int, Rows, Control, float]]] = {}
+        """Calls the ControlNets. Returns the residuals of each call for each order of controls in requests."""
+        groups: dict[tuple[ControlNet, torch.Size], list[tuple[int, Rows, Control, float]]] = {}
         for part in parts:
             for order, (control, scale) in enumerate(part.controls):
-                groups.setdefault(control.net, []).append((order, part, control, scale))
+                groups.setdefault((control.net, control.image.shape[1:]), []).append((order, part, control, scale))
         made = []
-        for net, group in groups.items():
+        for (net, _), group in groups.items():
             group.sort(key=lambda use: use[0])
             index = [row for _, part, _, _ in group for row in part.of(net)]
             scales = torch.tensor([scale for _, part, _, scale in group for _ in part.of(net)])
@@ -122,7 +122,7 @@ class ModelControls:
             rows = send(torch.tensor(index), device)
             own = inputs
             if index != list(range(total)):
-                own = {name: value if name in WITHOUT_ROWS else value[rows] for name, value in inputs.items()}
+                own = {name: value[rows] for name, value in inputs.items()}
             values = net(images, send(modes, device), send(scales, device), own)
             start = 0
             for order in sorted({use[0] for use in group}):

@@ -10,6 +10,7 @@ from img2img_server.bundle.controls import FLUX_CLASS, IMAGE, MODE, SCALE, UNION
 from img2img_server.errors import BundleError
 from img2img_server.runtime.companions import Companion, Companions
 from img2img_server.runtime.onnx.modules import Graph
+from img2img_server.runtime.onnx.token_graphs import MARK
 
 Inputs = Mapping[str, torch.Tensor]
 """Inputs of a denoiser's call, by name."""
@@ -93,7 +94,7 @@ class ControlNet(Companion):
 class FluxControlNet(ControlNet):
     """A ControlNet of Flux. If it `reads_latents`, its control images are packed latents of the model's VAE, [rows, N, C]."""
 
-    needed = frozenset({IMAGE, SCALE, "hidden_states", "timestep", "encoder_hidden_states", "pooled_projections"})
+    needed = frozenset({IMAGE, SCALE, MARK, "hidden_states", "timestep", "encoder_hidden_states", "pooled_projections"})
 
     @property
     def reads_latents(self) -> bool:
@@ -120,7 +121,9 @@ class FluxControlNet(ControlNet):
         tokens = (height // self.size_multiple) * (width // self.size_multiple)
         channels = self.widths["hidden_states"]
         image = (1, tokens, channels) if self.reads_latents else (1, 3, height, width)
-        return {"hidden_states": (1, tokens, channels), "txt_ids": (_TOKENS, 3), "img_ids": (tokens, 3), IMAGE: image}
+        counts = {"text_rotary": _TOKENS, MARK: tokens}
+        tables = {name: (1, count, 2, self.widths[name]) for name, count in counts.items()}
+        return {"hidden_states": (1, tokens, channels), IMAGE: image, **tables}
 
 
 def open_controlnet(

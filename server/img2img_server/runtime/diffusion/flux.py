@@ -1,58 +1,79 @@
-"""Flux, dev and schnell: the order of calls is that of FluxImg2ImgPipeline.__call__.
+"""Flux, dev and schnell: the order of calls is that of FluxImg2ImgPipeline.__call__."""
 
-Latents are packed for the transformer only: two by two become a token. Its position ids have no rows, so all rows of a call have
-one size.
-"""
-
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from img2img_server.engine.request import Request
-from img2img_server.runtime.common.device_copy import send
+from img2img_server.runtime.common import rotary
+from img2img_server.runtime.common.rotary import Size
+from img2img_server.runtime.common.vae import decode_shifted
 from img2img_server.runtime.control.controls import Control
 from img2img_server.runtime.control.nets import FluxControlNet
 from img2img_server.runtime.control.own import with_control
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.masking import draw_again
-from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3
-from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
+from img2img_server.runtime.diffusion.state import Conditioning
+from img2img_server.runtime.diffusion.tokens import TokenPipeline
 from img2img_server.runtime.schedulers.flow import FluxSchedulers
+from img2img_server.support.source_rule import MaskUse
 
 _CONTROL = "control_latents"
 """What `FluxControl` adds to the tokens of the latents: those of the control image, [R, N, C]."""
-_MOST_SIZES = 16
-"""Sizes whose position ids are kept."""
+_IDS = ("txt_ids", "img_ids")
+"""The position ids that diffusers' class takes, and graphs that other tools made: [tokens, 3]."""
 
 
-class Flux(StableDiffusion3):
-    """One row for each image: guidance is an input of the transformer, or (schnell) there is none."""
-
-    scheduler_cache = FluxSchedulers
-    ignored_fields = frozenset({"negative_prompt", "true_cfg_scale"})
-    takes_controls = True
-    parts_of_input = 1
-    """How many sets of latents the transformer's input channels are for."""
-    _ids: dict[tuple[int, ...], Conditioning]
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._ids = {}
-
-    def _is_guided(self, request: Request) -> bool:
-        return False
-
-    def _pure_noise(self, latents: torch.Tensor, noise: torch.Tensor, scheduler: Any) -> torch.Tensor:
-        return latents  # FluxInpaintPipeline has no case of its own for strength 1
-
-    def _final_latents(self, state: DiffusionState) -> torch.Tensor:
-        return state.latents
+class AnyFlux(TokenPipeline):
+    """What Flux and Kontext have in common."""
 
     def _encode_texts(self, texts: list[str]) -> list[Embedding]:
         hidden_states, pooled, _ = self._pipe.encode_prompt(texts, None, self._pipe._execution_device)
         return Embedding.split(hidden_states, pooled)
+
+    def _layout(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._packed(self._pipe._pack_latents(latents, *latents.shape))
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return decode_shifted(self._pipe.vae, latents)
+
+
+class Flux(AnyFlux):
+    """One row for each image: guidance is an input of the transformer, or (schnell) there is none.
+
+    The transformer may also be diffusers' own, or a graph that was made by another tool. Their position ids have no rows, so the
+    images of a call then have one size.
+    """
+
+    scheduler_cache = FluxSchedulers
+    ignored_fields = frozenset({"negative_prompt", "true_cfg_scale"})
+    mask_use: MaskUse = "optional"
+    takes_controls = True
+    parts_of_input = 1
+    """How many sets of latents the transformer's input channels are for."""
+
+    def _is_guided(self, request: Request) -> bool:
+        return False
+
+    @property
+    def _has_rotary_tables(self) -> bool:
+        return getattr(self._denoiser, "tokens", None) is not None
+
+    def _shape(self, request: Request) -> tuple[Hashable, int]:
+        shape, pixels = super()._shape(request)
+        return (shape if self._has_rotary_tables else (shape, request.result_size)), pixels
+
+    def _row(self, text: Embedding, sizes: Sequence[Size]) -> Conditioning:
+        if self._has_rotary_tables:
+            return super()._row(text, sizes)
+        assert text.pooled is not None, "of CLIP"
+        places = rotary.flux_positions(text.hidden_states.shape[1], sizes)
+        ids = {name: torch.from_numpy(place).float()[None] for name, place in zip(_IDS, places, strict=True)}
+        return {"encoder_hidden_states": text.hidden_states, self.pooled_name: text.pooled, **ids}
 
     def _more_conditioning(self, pipe: Any, request: Request, latents: torch.Tensor) -> Conditioning:
         # For ControlNets, if not for the transformer.
@@ -61,27 +82,25 @@ class Flux(StableDiffusion3):
     def _first_latents(
         self, pipe: Any, request: Request, timesteps: torch.Tensor, dtype: torch.dtype, generators: list[torch.Generator]
     ) -> torch.Tensor:
-        (width, height), count = request.image.size, len(generators)
-        packed, _ = pipe.prepare_latents(
-            torch.empty(count, 3, 1, 1),  # stands for the image
-            timesteps, count, self._denoiser.config.in_channels // (4 * self.parts_of_input), height, width, dtype,
-            pipe._execution_device, generators,
-        )  # fmt: skip
-        latents: torch.Tensor = pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor)
-        return latents
+        (width, height), count = request.result_size, len(generators)
+        channels = self._denoiser.config.in_channels // (4 * self.parts_of_input)
+        image = torch.empty(count, 3, 1, 1)  # stands for the image
+        place = (count, channels, height, width, dtype, pipe._execution_device, generators)
+        return self._packed(pipe.prepare_latents(image, timesteps, *place)[0])
+
+    @property
+    def _predict(self) -> Callable[..., tuple[torch.Tensor]]:
+        return super()._predict if self._has_rotary_tables else partial(self._denoiser.forward, return_dict=False)
 
     def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
         if not self._denoiser.config.guidance_embeds:
             conditioning.pop("guidance")
-        return self._control_inputs(samples, timesteps, conditioning)
+        for name in conditioning.keys() & set(_IDS):
+            conditioning[name] = conditioning[name][0]
+        return super()._inputs(samples, timesteps, conditioning)
 
     def _control_inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> Conditioning:
-        return {
-            "hidden_states": self._pipe._pack_latents(samples, *samples.shape),
-            "timestep": timesteps.to(samples.dtype) / 1000,
-            **conditioning,
-            **self._positions(samples, conditioning["encoder_hidden_states"].shape[1]),
-        }
+        return super()._inputs(samples, timesteps, conditioning)
 
     def _read_controls(
         self, request: Request, controls: tuple[Control, ...], generators: list[torch.Generator]
@@ -91,32 +110,15 @@ class Flux(StableDiffusion3):
         indices = [i for i, own in enumerate(controls) if isinstance(own.net, FluxControlNet) and own.net.reads_latents]
         outputs = self._encoder.control_images(request, indices) if indices else []
         for index, output in zip(indices, outputs, strict=True):
-            found[index] = replace(controls[index], image=self._packed(output, generators))
+            found[index] = replace(controls[index], image=self._tokens_of(output, generators))
         return tuple(found), {}
 
-    def _packed(self, output: SimpleNamespace, generators: list[torch.Generator]) -> torch.Tensor:
+    def _tokens_of(self, output: SimpleNamespace, generators: list[torch.Generator]) -> torch.Tensor:
         """Packed latents [images, N, C] of the output of the VAE's encoder for one image."""
         drawn = torch.cat([_latents(output, generator) for generator in generators])
         latents = (drawn - self._pipe.vae.config.shift_factor) * self._pipe.vae.config.scaling_factor
         packed: torch.Tensor = self._pipe._pack_latents(latents, *latents.shape)
         return packed
-
-    def _noise(self, output: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
-        factor = self._pipe.vae_scale_factor
-        noise: torch.Tensor = self._pipe._unpack_latents(output, *(side * factor for side in samples.shape[2:]), factor)
-        return noise
-
-    def _positions(self, samples: torch.Tensor, tokens: int) -> Conditioning:
-        """The position ids of `samples`' tokens, and of those of a text: [N, 3] each."""
-        key = (*samples.shape[2:], tokens)
-        if key not in self._ids:
-            if len(self._ids) >= _MOST_SIZES:
-                self._ids.clear()
-            height, width = (side // 2 for side in samples.shape[2:])
-            image = self._pipe._prepare_latent_image_ids(1, height, width, "cpu", samples.dtype)
-            text = torch.zeros(tokens, 3, device=samples.device, dtype=samples.dtype)
-            self._ids[key] = {"txt_ids": text, "img_ids": send(image, samples.device)}
-        return self._ids[key]
 
 
 class FluxControl(Flux):
@@ -137,7 +139,7 @@ class FluxControl(Flux):
         (output,) = self._encoder.control_images(with_control(request), [0])
         if request.mask is not None:
             draw_again(generators, output)
-        return (), {_CONTROL: self._packed(output, generators)}
+        return (), {_CONTROL: self._tokens_of(output, generators)}
 
     def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
         control = conditioning.pop(_CONTROL)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from img2img_server.engine.request import Request
 from img2img_server.runtime.common.pipe import view_as
-from img2img_server.runtime.common.vae import decode_shifted
 from img2img_server.runtime.diffusion.conditioning import Embedding
+from img2img_server.runtime.diffusion.flux import AnyFlux
 from img2img_server.runtime.diffusion.tokens import TokenPipeline, TrulyGuidedPipeline
 from img2img_server.runtime.schedulers.flow import EditSchedulers, Flux2Schedulers
 from img2img_server.support.source_rule import MaskUse
@@ -95,7 +95,7 @@ class Flux2(Flux2Klein):
         return False
 
 
-class FluxKontext(TrulyGuidedPipeline):
+class FluxKontext(TrulyGuidedPipeline, AnyFlux):
     """Flux Kontext: Flux dev, which looks at the source at one of its training sizes. With a mask it can look at a reference
     instead."""
 
@@ -103,10 +103,6 @@ class FluxKontext(TrulyGuidedPipeline):
     scheduler_cache = EditSchedulers
     mask_use: MaskUse = "optional"
     inpainting = "FluxKontextInpaintPipeline"
-
-    def _encode_texts(self, texts: list[str]) -> list[Embedding]:
-        hidden_states, pooled, _ = self._pipe.encode_prompt(texts, None, self._pipe._execution_device)
-        return Embedding.split(hidden_states, pooled)
 
     def _reference_size(self, image: Image.Image) -> tuple[int, int]:
         sizes = inspect.getmodule(type(self._pipe).prepare_latents).PREFERRED_KONTEXT_RESOLUTIONS  # type: ignore[union-attr]
@@ -125,9 +121,3 @@ class FluxKontext(TrulyGuidedPipeline):
         latents = pipe._encode_vae_image(image=torch.empty(1, 3, 1, 1), generator=None)
         tokens: torch.Tensor = pipe._pack_latents(latents, *latents.shape)
         return tokens
-
-    def _layout(self, latents: torch.Tensor) -> torch.Tensor:
-        return self._packed(self._pipe._pack_latents(latents, *latents.shape))
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return decode_shifted(self._pipe.vae, latents)

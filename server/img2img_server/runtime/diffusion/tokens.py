@@ -1,10 +1,9 @@
-"""Families whose transformer is a graph of tokens (`onnx/token_graphs.py`): Flux Kontext, FLUX.2, Qwen-Image and Z-Image.
+"""Families whose transformer is a graph of tokens (`onnx/token_graphs.py`): Flux, FLUX.2, Qwen-Image and Z-Image.
 
 Latents are kept as tokens, [n, C, N, 1], so that requests of different shapes share calls if their images have equally many
 tokens, and their references too. Rotary tables say where each token lies.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -182,13 +181,16 @@ class TokenPipeline(SteppedPipeline):
     def _final_latents(self, state: DiffusionState) -> torch.Tensor:
         return self._unpacked(state.latents, state.request)
 
-    @abstractmethod
     def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
-        """Latents [n, C, N, 1] of a state as the VAE and previews take them, [n, c, h, w]."""
+        """Latents [n, C, N, 1] of a state as the VAE and previews take them, [n, c, h, w]; by the class's `_unpack_latents`."""
+        width, height = request.result_size
+        tokens = latents[..., 0].transpose(1, 2)
+        unpacked: torch.Tensor = self._pipe._unpack_latents(tokens, height, width, self._pipe.vae_scale_factor)
+        return unpacked
 
 
 class TrulyGuidedPipeline(TokenPipeline):
-    """A class with `true_cfg_scale`, which guides if there is a negative prompt, and with `_pack_latents`."""
+    """A class with `true_cfg_scale`, which guides if there is a negative prompt."""
 
     def _is_guided(self, request: Request) -> bool:
         return request.negative_prompt is not None and self._guidance(request) > 1
@@ -199,9 +201,3 @@ class TrulyGuidedPipeline(TokenPipeline):
         default = self.fields["true_cfg_scale"].default
         assert default is not None, "it is the class's own (common/request_fields.py)"
         return default
-
-    def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
-        width, height = request.result_size
-        tokens = latents[..., 0].transpose(1, 2)
-        unpacked: torch.Tensor = self._pipe._unpack_latents(tokens, height, width, self._pipe.vae_scale_factor)
-        return unpacked

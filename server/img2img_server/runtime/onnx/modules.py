@@ -202,9 +202,10 @@ class OnnxDenoiser(OnnxModule):
         self.input_types = graph.input_types
         self.tokens: TokenGraph | None = GRAPHS[str(name)](self.config) if MARK in graph.input_types else None
 
-    def predict(self, **tensors: torch.Tensor) -> tuple[torch.Tensor]:
-        """The graph's output for its inputs by name."""
-        return (next(iter(self._graph(**tensors).values())),)
+    def predict(self, **inputs: Any) -> tuple[torch.Tensor]:
+        """The output of the graph that takes these inputs; the values of a dictionary are passed by their keys."""
+        graph, tensors = self._graph_for(_flatten(inputs))
+        return (next(iter(graph(**tensors).values())),)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """Predicts the noise. A scalar `timestep` applies to the whole batch. Raises TypeError for arguments that the class

@@ -65,7 +65,7 @@ class TokenGraph:
 
 
 class FluxTokens(TokenGraph):
-    """Flux Kontext: Flux, whose references' tokens follow the image's."""
+    """Flux and its ControlNets, and Kontext, whose references' tokens follow the image's."""
 
     _rotary = rotary.FLUX
     _positions = staticmethod(rotary.flux_positions)
@@ -152,6 +152,7 @@ class ZTokens(TokenGraph):
 
 GRAPHS: dict[str, type[TokenGraph]] = {
     "FluxTransformer2DModel": FluxTokens,
+    "FluxControlNetModel": FluxTokens,
     "Flux2Transformer2DModel": Flux2Tokens,
     "QwenImageTransformer2DModel": QwenTokens,
     "ZImageTransformer2DModel": ZTokens,
