@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from img2img_server.bundle.adapters import INDEX, WITHOUT_ROWS, AdaptedLayer
+from img2img_server.bundle.adapters import INDEX, AdaptedLayer
 from img2img_server.runtime.lora.adapters import by_taps
 
 from img2img_export.convert.parts import Part, Tensors
@@ -35,8 +35,7 @@ def lora_cases(part: Part, module: Any, layers: tuple[AdaptedLayer, ...], cases:
         outputs: list[dict[str, torch.Tensor]] = []
         for row, adapter in enumerate(index):
             own = {
-                name: value[row : row + 1] if value.ndim and len(value) == count and name not in WITHOUT_ROWS else value
-                for name, value in case.inputs.items()
+                name: value[row : row + 1] if value.ndim and len(value) == count else value for name, value in case.inputs.items()
             }
             scale = _ROWS[adapter][1]
             with torch.no_grad(), _fused(module, {name: (d[adapter], u[adapter] * scale) for name, (d, u) in matrices.items()}):

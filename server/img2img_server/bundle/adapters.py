@@ -21,7 +21,7 @@ RANKS = (16, 32, 64)
 """The ranks that calls are padded to with zeros. The last is the largest rank of the LoRAs of one request together."""
 
 WITHOUT_ROWS = frozenset({"txt_ids", "img_ids"})
-"""Inputs of plain graphs that all rows of a call share: Flux' position ids."""
+"""Inputs of graphs that all rows of a call share: the position ids of Flux's, as earlier versions made them."""
 
 _PREFIX, _DOWN, _UP = "lora.", ".down", ".up"
 
