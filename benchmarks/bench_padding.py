@@ -136,4 +136,5 @@ def _graphs(folder: Path, heads: int, blocks: int) -> _Graphs:
             graph = trace(transformer, part, {key: example[key] for key in inputs})
         graph.write(folder / name, Progress(), name)
         sessions.append(onnxruntime.InferenceSession(folder / name / GRAPH_NAME, options, providers=["CPUExecutionProvider"]))
-    return _Graphs(*sessions, kind)
+    masked_session, plain_session = sessions
+    return _Graphs(masked_session, plain_session, kind)
