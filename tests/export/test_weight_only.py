@@ -145,6 +145,8 @@ def test_bundle_has_quantized_transformer_in_all_its_graphs_and_is_verified(name
     assert manifest.verification.limits["psnr_db"] == limits.psnr_db
     assert all(image.psnr_db >= limits.psnr_db for image in manifest.verification.pictures)
     assert {graph.graph for graph in manifest.verification.components} >= {"plain", "fused", "lora"}
+    texts = [part for part in manifest.components if part.name.startswith("text_encoder")]
+    assert {(part.backend, part.precision, part.weight_format) for part in texts} == {("onnx", precision, weight_format)}
 
 
 @pytest.mark.nightly  # test_bundle_has_quantized_transformer_in_all_its_graphs_and_is_verified always runs
