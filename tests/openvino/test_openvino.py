@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +28,12 @@ from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Bucket, Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.onnx.providers import choose, probe
-from img2img_server.runtime.onnx.runners import HostRunner, Runner
+from img2img_server.runtime.onnx.runners import HostRunner, Runner, open_for
 from img2img_server.runtime.onnx.sessions import SessionOptions, open_session
 from img2img_server.runtime.providers import openvino
-from img2img_server.runtime.providers.openvino import BucketRunner, Compiler, Graphs
+from img2img_server.runtime.providers.buckets import BucketRunner, LaterRunner
+from img2img_server.runtime.providers.openvino import Compiler, Graphs
+from img2img_server.support.device_lock import measuring
 from PIL import Image
 
 Axes = dict[str, list[str | int]]
@@ -69,12 +73,21 @@ class FakeCompiler:
         self.graphs: list[FakeGraph] = []
         self._inputs, self._fails, self._refuses = inputs, fails, refuses
 
+    def ports(self, graph: Path) -> tuple[list[Any], list[Any]]:
+        whole = FakeGraph(self._inputs)
+        return whole.inputs, whole.outputs
+
     def __call__(self, graph: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> Any:
         if self._refuses:
             raise BundleError(f"{graph} does not compile in OpenVINO: no such operator")
         self.asked.append(shapes)
-        self.graphs.append(FakeGraph(self._inputs, self._fails))
+        inputs: Axes = self._inputs if shapes is None else {name: list(shape) for name, shape in shapes.items()}
+        self.graphs.append(FakeGraph(inputs, self._fails))
         return self.graphs[-1]
+
+    def rows(self) -> list[int]:
+        """The rows of each graph that was compiled, 0 for any shape."""
+        return [0 if shapes is None else next(iter(shapes.values()))[0] for shapes in self.asked]
 
 
 class CpuSessions:
@@ -146,44 +159,124 @@ def _calls(compiler: FakeCompiler, runner: Runner, feed: dict[str, torch.Tensor]
     """The calls of each graph in a run, and its result."""
     before = [item.calls for item in compiler.graphs]
     (result,) = runner.run(feed)
+    before += [0] * (len(compiler.graphs) - len(before))
     return [item.calls - earlier for item, earlier in zip(compiler.graphs, before, strict=True)], result
 
 
-def test_configured_shapes_get_their_own_graph_and_others_share_one(folder: Path) -> None:
+def test_configured_sizes_get_their_own_graphs_and_others_share_one(folder: Path) -> None:
+    """Opened when first needed, but the smallest of each size."""
     compiler = FakeCompiler(UNET)
-    runner = _make(folder, compiler, Execution(buckets=(Bucket(64, 64, 2), Bucket(128, 64, 4))))
-    free, small, wide = compiler.graphs
+    buckets = (Bucket(64, 64, 4), Bucket(128, 64, 4), Bucket(64, 64, 2))
+    runner = _make(folder, compiler, Execution(buckets=buckets))
     assert compiler.asked == [
-        None,
         {"sample": (2, 4, 8, 8), "timestep": (2,), "encoder_hidden_states": (2, 77, 8)},
         {"sample": (4, 4, 8, 16), "timestep": (4,), "encoder_hidden_states": (4, 77, 8)},
     ]
-    for rows, height, width, graph in ((2, 8, 8, small), (4, 8, 16, wide), (4, 16, 8, free), (1, 8, 8, free), (2, 9, 8, free)):
-        assert _calls(compiler, runner, _feed(rows, height, width))[0] == [int(item is graph) for item in compiler.graphs]
+    small, wide = compiler.graphs
+    assert _calls(compiler, runner, _feed(2, 8, 8))[0] == [1, 0]
+    assert _calls(compiler, runner, _feed(4, 8, 16))[0] == [0, 1]
+    with measuring():
+        runner.run(_feed(4, 8, 8))
+    assert compiler.rows() == [2, 4, 4]
+    for height, width in ((16, 8), (9, 8)):
+        assert _calls(compiler, runner, _feed(2, height, width))[0][:3] == [0, 0, 0]
+    assert compiler.rows() == [2, 4, 4, 0]
+    assert small.calls
+    assert wide.calls
 
 
 @pytest.mark.parametrize(
-    ("rows", "calls"),
-    [(1, (1, 0, 0)), (2, (0, 1, 0)), (3, (1, 1, 0)), (6, (0, 3, 0)), (8, (0, 0, 1)), (13, (1, 2, 1)), (16, (0, 0, 2))],
+    ("rows", "parts"),
+    [(1, [1]), (2, [2]), (3, [2, 1]), (6, [2, 2, 2]), (8, [8]), (13, [8, 2, 2, 1]), (16, [8, 8])],
 )
-def test_more_rows_than_a_graph_has_run_in_parts(rows: int, calls: tuple[int, ...], folder: Path) -> None:
-    """In the order of the rows; the graph for any shape has what is left."""
+def test_rows_run_in_the_graphs_of_their_size(
+    rows: int, parts: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Never in the graph for any shape. Those that are not open yet are opened in the background: meanwhile rows run in the
+    others, with the same results."""
+    monkeypatch.setattr(cpu, "available_memory", lambda: 2**30)
     compiler = FakeCompiler(UNET)
-    runner = _make(folder, compiler, Execution(buckets=(Bucket(64, 64, 2), Bucket(64, 64, 8))))
+    may_open = threading.Event()
+    opens = FakeCompiler.__call__
+
+    def late(self: FakeCompiler, graph: Path, shapes: Any = None) -> Any:
+        if self.asked:
+            assert may_open.wait(30)
+        return opens(self, graph, shapes)
+
+    monkeypatch.setattr(FakeCompiler, "__call__", late)
+    runner = _make(folder, compiler, Execution())
     feed = _feed(rows, 8, 8)
     feed["sample"] += torch.arange(rows)[:, None, None, None]
     feed["encoder_hidden_states"] += 100 * torch.arange(rows)[:, None, None]
     made, result = _calls(compiler, runner, feed)
-    assert made == list(calls)
+    assert made == [-(-rows // 2)]
     assert torch.equal(result, 101.0 * torch.arange(rows))
-    other_size = _calls(compiler, runner, _feed(rows, 8, 16))
-    assert other_size[0] == [1, 0, 0]
+    may_open.set()
+    with measuring():  # waits for the graphs
+        runner.run(feed)
+    made, result = _calls(compiler, runner, feed)
+    assert {size: calls for size, calls in zip(compiler.rows(), made, strict=True) if calls} == Counter(parts)
+    assert torch.equal(result, 101.0 * torch.arange(rows))
+    assert set(compiler.rows()) == {2, *parts}
+
+
+def test_a_graph_with_other_bits_does_not_serve(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu, "available_memory", lambda: 2**30)
+    compiler = FakeCompiler(UNET)
+    runner = _make(folder, compiler, Execution())
+    run = FakeGraph.run
+
+    def off(self: FakeGraph, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        (result,) = run(self, feed)
+        return [result if len(result) == 2 else torch.nextafter(result, torch.tensor(torch.inf))]
+
+    monkeypatch.setattr(FakeGraph, "run", off)
+    with measuring(), caplog.at_level(logging.INFO):
+        (result,) = runner.run(_feed(9, 8, 8))
+    assert compiler.rows() in ([2, 8, 1], [2, 1, 8])
+    assert caplog.text.count("its results differ from those of the graph of 2 rows") == 2
+    assert torch.equal(result, torch.zeros(9))
+    made, _ = _calls(compiler, runner, _feed(9, 8, 8))
+    assert made == [5, 0, 0]
+
+
+def test_the_graph_for_any_shape_is_opened_before_a_request_of_another_size_is_admitted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "available_memory", lambda: 2**30)
+    compiler = FakeCompiler(UNET)
+    runner = _make(folder, compiler, Execution())
+    open_for(runner, 64, 64)
+    assert compiler.rows() == [2]
+    open_for(runner, 64, 72)
+    assert compiler.rows() == [2, 0]
+    runner.run(_feed(2, 9, 8))
+    assert compiler.rows() == [2, 0]
+
+
+def test_other_sizes_run_on_the_cpu_provider_if_only_the_graph_for_any_shape_fails(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu, "available_memory", lambda: 2**30)
+    compiler, sessions = FakeCompiler(UNET), CpuSessions()
+    runner = _make(folder, compiler, Execution(), sessions=sessions)
+    compiler._refuses = True
+    for _ in range(2):
+        runner.run(_feed(2, 9, 8))
+    assert (len(sessions.opened), sessions.calls) == (1, 2)
+    assert "other sizes run on ONNX Runtime's CPU provider instead of OpenVINO" in caplog.text
+    (result,) = runner.run(_feed(2, 8, 8))
+    assert torch.equal(result, torch.zeros(2))
 
 
 def test_graphs_whose_first_axis_is_fixed_are_not_divided(folder: Path) -> None:
     """Though that axis is as long as a call's rows."""
     graph, fixed = (FakeGraph(UNET | {"scale": [4]}) for _ in range(2))
-    runner = BucketRunner(graph, {((2, 4, 8, 8), (2,), (2, 77, 8), (4,)): fixed})
+    later = LaterRunner(graph.inputs, graph.outputs, lambda: graph)
+    runner = BucketRunner(later, {}, {((2, 4, 8, 8), (2,), (2, 77, 8), (4,)): fixed}, {})
     for rows, calls in ((4, (1, 0)), (2, (1, 1))):
         runner.run(_feed(rows, 8, 8) | {"scale": torch.ones(4)})
         assert (graph.calls, fixed.calls) == calls
@@ -192,30 +285,30 @@ def test_graphs_whose_first_axis_is_fixed_are_not_divided(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "inputs", "buckets", "expected"),
     [
-        ("unet", UNET, None, [[(2, 4, 8, 8), (2,), (2, 77, 8)], [(8, 4, 8, 8), (8,), (8, 77, 8)]]),
-        ("vae_decoder", DECODER, None, [[(1, 4, 8, 8)]]),
+        ("unet", UNET, None, [[(2, 4, 8, 8), (2,), (2, 77, 8)]]),
+        ("vae_decoder", DECODER, None, [None]),
         ("vae_decoder", DECODER, (Bucket(64, 128, 6),), [[(3, 4, 16, 8)]]),
         ("vae_encoder", {"sample": ["sample.0", 3, "sample.2", "sample.3"]}, (Bucket(64, 128, 1),), [[(1, 3, 128, 64)]]),
         (
             "unet",
             UNET | {"time_ids": ["time_ids.0", 6]},
             None,
-            [[(2, 4, 8, 8), (2,), (2, 77, 8), (2, 6)], [(8, 4, 8, 8), (8,), (8, 77, 8), (8, 6)]],
+            [[(2, 4, 8, 8), (2,), (2, 77, 8), (2, 6)]],
         ),
     ],
 )
-def test_by_default_the_native_size_is_prepared_with_two_and_eight_rows(
+def test_by_default_the_denoiser_is_prepared_for_two_rows_of_the_native_size(
     name: str,
     inputs: Axes,
     buckets: tuple[Bucket, ...] | None,
-    expected: list[list[tuple[int, ...]]],
+    expected: list[list[tuple[int, ...]] | None],
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu, "available_memory", lambda: 2**30)
     compiler = FakeCompiler(inputs)
     _make(folder, compiler, Execution(buckets=buckets), name=name)
-    assert compiler.asked == [None, *(dict(zip(inputs, shapes, strict=True)) for shapes in expected)]
+    assert compiler.asked == [shapes and dict(zip(inputs, shapes, strict=True)) for shapes in expected]
 
 
 @pytest.mark.parametrize(
@@ -240,14 +333,16 @@ def test_static_graph_that_exceeds_memory_is_skipped_unless_configured(
 ) -> None:
     monkeypatch.setattr(cpu, "available_memory", lambda: 7 * 2**30)
     manifest = _manifest(precision="fp16", size=2**30)
-    for execution, graphs in ((Execution(), 1), (Execution(buckets=(Bucket(64, 64, 2),)), 2)):
+    for execution, rows in ((Execution(), [0]), (Execution(buckets=(Bucket(64, 64, 2),)), [2])):
         compiler = FakeCompiler(UNET)
         _make(folder, compiler, execution, manifest)
-        assert len(compiler.asked) == graphs
+        assert compiler.rows() == rows
     monkeypatch.setattr(cpu, "available_memory", lambda: 63 * 2**30)
     compiler = FakeCompiler(UNET)
-    _make(folder, compiler, Execution(), manifest)
-    assert len(compiler.asked) == 2, "two rows, but not eight: the graph takes more than a sixteenth"
+    runner = _make(folder, compiler, Execution(), manifest)
+    with measuring():
+        runner.run(_feed(11, 8, 8))
+    assert compiler.rows() == [2, 1], "one row, but not eight: that graph takes more than a sixteenth"
     assert "4.0 of the available 7.0 GiB; --buckets 64x64:2 forces it" in caplog.text
 
 
@@ -325,6 +420,11 @@ def test_float32_images_match_the_cpu_provider(
         pipeline = load_pipeline(bundle("demo"), read_manifest(bundle("demo")), execution)
     assert pipeline.engine == "onnx:openvino"
     assert "unet runs on openvino in f32, 1 threads, with a graph for 64x64:2" in caplog.text
+    with caplog.at_level(logging.INFO):
+        pipeline.plan(_request(64))
+        assert "any shape" not in caplog.text
+        pipeline.plan(_request(72))
+        assert "unet: the graph for any shape was opened" in caplog.text, "not during a step of other requests"
     for request in (_request(64), _request(72), _request(64, (1, 2))):
         assert _difference(pipeline, exact, request) <= 1
 

@@ -12,9 +12,10 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.costs import Costs
 from img2img_server.engine.engine import Engine
 from img2img_server.engine.interface import Span
+from img2img_server.engine.request import Plan, Request
 from img2img_server.engine.warmup import WarmUp
 from img2img_server.errors import OutOfMemory
-from img2img_server.support.device_lock import records_at_once
+from img2img_server.support.device_lock import is_measuring, records_at_once
 from img2img_server.telemetry.timeline import Trace
 from running import running, store
 
@@ -105,6 +106,32 @@ def test_warm_up_stays_within_its_budget() -> None:
     costs.adopt("m", WarmUp(8, 0.0, clock).measure("m", FakePipeline(clock)))
     costs.adopt("m", WarmUp(8, 60.0, clock).measure("m", FakePipeline(clock, max_rows=1)))
     assert clock.now == before
+
+
+def test_graphs_that_calls_need_are_opened_before_they_are_measured() -> None:
+    """Both sizes' before the first call; and all calls are known to be measured."""
+    events: list[str] = []
+
+    class Opening(FakePipeline):
+        def plan(self, request: Request) -> Plan:
+            events.append(f"plan {request.image.width}")
+            return super().plan(request)
+
+    pipeline = Opening(clock := Clock())
+    pipeline.before_call = lambda: events.append(f"call {is_measuring()}")
+    WarmUp(4, 60.0, clock).measure("m", pipeline)
+    assert events[:2] == ["plan 16", "plan 8"]
+    assert "call True" in events
+    assert "call False" not in events
+    assert not is_measuring()
+
+
+def test_a_model_whose_costs_are_known_is_tried_with_a_guided_request() -> None:
+    """It needs the graph of most requests, and no further one."""
+    pipeline = FakePipeline(clock := Clock())
+    WarmUp(4, 60.0, clock).check("m", pipeline)
+    (state,) = pipeline.prepared
+    assert state.request.guidance_scale > 1
 
 
 def padded_costs(times: dict[int, float]) -> Costs:

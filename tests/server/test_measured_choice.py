@@ -15,6 +15,7 @@ from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.measured_choice import fastest
+from img2img_server.support.device_lock import is_measuring
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 
@@ -66,6 +67,7 @@ class Bench:
         return way
 
     def _draw(self, pipeline: Any, request: object) -> None:
+        assert is_measuring()  # so that graphs are open
         self.drawn.append(pipeline)
         if pipeline in self.broken:
             raise self.broken[pipeline]

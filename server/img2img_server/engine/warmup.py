@@ -12,7 +12,7 @@ from PIL import Image
 from img2img_server.engine.costs import Measured, Stage, Timing
 from img2img_server.engine.executor import CallsInFlight
 from img2img_server.engine.request import Pipeline, Request
-from img2img_server.support.device_lock import recording_at_once
+from img2img_server.support.device_lock import measuring, recording_at_once
 
 _log = logging.getLogger(__name__)
 
@@ -90,10 +90,16 @@ class WarmUp:
         full = self.record(name, pipeline)
         if limit < 2 or not pipeline.measurable:
             return Measured()
+        with measuring():
+            return self._measured(name, pipeline, limit, full)
+
+    def _measured(self, name: str, pipeline: Pipeline, limit: int, full: list[tuple[int, int]]) -> Measured:
+        requests = [_request(name, size) for size in _measured_sizes(pipeline)]
+        for request in requests:
+            pipeline.plan(request)  # opens the graphs, which is not measured
         end = self._clock() + self._budget
         batches: list[_Batch] = []
-        for size in _measured_sizes(pipeline):
-            request = _request(name, size)
+        for request in requests:
             rows, took = 1, 0.0
             pixels = request.image.width * request.image.height
             while rows <= limit and self._is_time(batches, took, end):
@@ -120,10 +126,12 @@ class WarmUp:
         return Measured(tuple(timings), tuple(full))
 
     def check(self, name: str, pipeline: Pipeline) -> None:
-        """Runs one row once, for a model whose costs are known, and records its calls. Raises the model's errors."""
+        """Runs one request once, for a model whose costs are known, and records its calls: a guided one if the model has
+        guidance, as most are, which needs no further graph. Raises the model's errors."""
         if self._budget > 0 and pipeline.measurable:
             self.record(name, pipeline)
-            self._once(pipeline, _Batch(_request(name, pipeline.native_size), 1))
+            guided = replace(_request(name, pipeline.native_size), guidance_scale=2.0, negative_prompt="warm-up")
+            self._once(pipeline, _Batch(guided, 1))
 
     def record(
         self, name: str, pipeline: Pipeline, run: Callable[[Callable[[], None]], None] = lambda work: work()

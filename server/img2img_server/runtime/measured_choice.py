@@ -22,6 +22,7 @@ from img2img_server.errors import BundleError, OutOfMemory
 from img2img_server.runtime import accuracy_check
 from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Execution
+from img2img_server.support.device_lock import measuring
 from img2img_server.support.distribution import user_cache, version
 
 _log = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ def _measure(bundle: Path, request: Request, ways: Ways, clock: Callable[[], flo
         free(held)  # one pipeline in memory at a time
         try:
             held.append(load())
-            seconds[name] = _time(held[0], request, clock)
+            with measuring():
+                seconds[name] = _time(held[0], request, clock)
         except OutOfMemory:
             free(held)
             raise

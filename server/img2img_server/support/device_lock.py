@@ -1,4 +1,5 @@
-"""Coordination of device use: a lock against changes during CUDA graph recording, and a flag to record at the first call."""
+"""Coordination of device use: a lock against changes during CUDA graph recording, and flags of a thread: to record at the first
+call, and that calls are measured."""
 
 import contextlib
 import threading
@@ -9,6 +10,7 @@ DEVICE_IN_USE = threading.Lock()
 memory, such as to load or unload a pipeline: allocation breaks a recording. A process uses one device, so there is one lock."""
 
 _AT_ONCE = threading.local()
+_MEASURING = threading.local()
 
 
 @contextlib.contextmanager
@@ -24,3 +26,18 @@ def recording_at_once() -> Iterator[None]:
 def records_at_once() -> bool:
     """Whether this thread is in a block of `recording_at_once`."""
     return getattr(_AT_ONCE, "on", False)
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """Within the block, this thread measures calls: what faster calls would use is opened at once, not in the background."""
+    _MEASURING.on = True
+    try:
+        yield
+    finally:
+        _MEASURING.on = False
+
+
+def is_measuring() -> bool:
+    """Whether this thread is in a block of `measuring`."""
+    return getattr(_MEASURING, "on", False)

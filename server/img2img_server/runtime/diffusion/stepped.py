@@ -47,7 +47,7 @@ from img2img_server.runtime.diffusion.state import (
 from img2img_server.runtime.image_prompts.prompts import ModelImagePrompts, NoImagePrompts
 from img2img_server.runtime.lora.adapters import TEXT_ENCODERS, Choice, ModelLoras, NoLoras, for_texts
 from img2img_server.runtime.lora.graph import adapting, least_slot_bytes, slot_bytes
-from img2img_server.runtime.onnx.modules import close_graphs
+from img2img_server.runtime.onnx.modules import OnnxModule, close_graphs
 from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCache
 from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, step_arguments
 from img2img_server.runtime.schedulers.noise_levels import Noising
@@ -107,6 +107,7 @@ class SteppedPipeline(ABC):
         self.engine = engine
         self.threads = threads
         self._denoiser = getattr(pipe, self.denoiser_name)
+        self._opening = [part for part in (self._denoiser, getattr(pipe, "vae", None)) if isinstance(part, OnnxModule)]
         self.size_multiple = size_multiple(pipe)
         self.native_size = native_sizes(pipe)
         self.fields: ModelFields = {name: rule for name, rule in request_fields(pipe).items() if name not in self.ignored_fields}
@@ -133,11 +134,13 @@ class SteppedPipeline(ABC):
 
     @host_call
     def plan(self, request: Request) -> Plan:
-        """The request's shape, rows and steps. Raises InvalidField if no step would run. Slow for a new scheduler or new
-        steps."""
+        """The request's shape, rows and steps. Raises InvalidField if no step would run. Slow for a new scheduler, new
+        steps or a new size."""
         self._loras.check(request)
         self._controls.check(request)
         self._image_prompts.check(request)
+        for module in self._opening:
+            module.open_for(*request.image.size)
         images, is_guided = len(request.seeds), self._is_guided(request)
         shape, pixels = self._shape(request)
         scheduler, chosen = self._scheduled(request)

@@ -26,7 +26,7 @@ from img2img_server.runtime.common.diffusers_import import FrozenDict, diffusers
 from img2img_server.runtime.common.pipe import parts
 from img2img_server.runtime.common.vae import LATENT_STATISTICS, BoundedVae, output_of
 from img2img_server.runtime.onnx.control_inputs import missing_inputs, needs_control_graph
-from img2img_server.runtime.onnx.runners import Runner, dtype_of
+from img2img_server.runtime.onnx.runners import Runner, dtype_of, open_for
 from img2img_server.runtime.onnx.token_graphs import GRAPHS, MARK, TokenGraph
 from img2img_server.support.device_lock import DEVICE_IN_USE
 
@@ -79,6 +79,11 @@ class Graph:
             tensor = tensor.detach()
         return send(tensor, self._device, self.input_types[name]).contiguous()
 
+    def open_for(self, width: int, height: int) -> None:
+        """Opens what calls for images of this size, in pixels, need (runners.py). Does nothing if it was closed."""
+        if (runner := self.__dict__.get("_runner")) is not None:
+            open_for(runner, width, height)
+
     def close(self) -> None:
         """Releases its runner, even if this graph is still referenced."""
         self.__dict__.pop("_runner", None)
@@ -126,6 +131,11 @@ class OnnxModule(torch.nn.Module):
     def graphs(self) -> list[Graph]:
         """Its graphs."""
         return [value for value in vars(self).values() if isinstance(value, Graph)]
+
+    def open_for(self, width: int, height: int) -> None:
+        """Opens what calls for images of this size, in pixels, need. Slow the first time; any thread may call it."""
+        for graph in self.graphs:
+            graph.open_for(width, height)
 
     def close(self) -> None:
         """Releases its graphs' runners, and with the last reference to them their sessions."""

@@ -100,8 +100,20 @@ class SplitGraphRunner:
         self.inputs: Sequence[Any] = list(whole.values())
         self.outputs: Sequence[Any] = body.outputs
 
+    def open_for(self, width: int, height: int) -> None:
+        """Opens what calls for images of this size need."""
+        open_for(self._body, width, height)
+
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Runs the two graphs in sequence."""
         waves = self._head.run({item.name: feed[item.name] for item in self._head.inputs})
         known = {**feed, **dict(zip(self._between, waves, strict=True))}
         return self._body.run({item.name: known[item.name] for item in self._body.inputs})
+
+
+def open_for(runner: Runner, width: int, height: int) -> None:
+    """Opens what calls for images of this size, in pixels, need of a runner that opens graphs later. Slow the first time; any
+    thread may call it."""
+    opens = getattr(runner, "open_for", None)
+    if opens is not None:
+        opens(width, height)

@@ -1,4 +1,4 @@
-"""OpenVINO: ONNX graphs compiled by its CPU plugin: graphs of fixed shapes for each common size, one for all other shapes.
+"""OpenVINO: ONNX graphs compiled by its CPU plugin: of fixed shapes for common sizes, one for all other shapes (buckets.py).
 
 On CPUs that multiply bfloat16 (AVX512_BF16, AMX) it computes in bfloat16, on others in float32. The accuracy check
 (accuracy_check.py) decides whether bfloat16 may be used. Graphs that OpenVINO does not run are on ONNX Runtime's CPU provider,
@@ -10,8 +10,10 @@ import importlib
 import importlib.metadata
 import logging
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from img2img_server.runtime.onnx.runners import (
     SplitGraphRunner,
 )
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions
+from img2img_server.runtime.providers.buckets import BucketRunner, LaterRunner, RowGraphs, Size, of_one_row
 
 _log = logging.getLogger(__name__)
 
@@ -41,11 +44,12 @@ _GROWTH = {"fp32": 1.1, "fp16": 4.0, "bf16": 4.0}
 copy if the file has less. Measured with Stable Diffusion 1.5's UNet in ONNX Runtime's plugin of OpenVINO: 3.4 GiB of private
 memory in fp32 (3.2 GiB of weights, whose mapped file all share), 6.5 GiB in fp16 (1.6 GiB of weights)."""
 _WIDE_ROWS = 8
-"""Rows of a second graph of the denoiser at the native size. The demo model's UNet in bfloat16 took 5.3 ms of CPU time for a row
-in a graph of 2 rows, 4.2 of 8, 4.1 of 16, and 5.3 to 8.7 in the graph for any shape (2026-11-30, AVX512_BF16, one thread)."""
+"""Rows of a further graph of the denoiser at the native size. The demo model's UNet in bfloat16 takes 18.1 ms of CPU time for a
+row in a graph of 1 row, 15.9 of 2, 15.0 of 8, 15.1 of 16, and 19 to 31 in the graph for any shape; that of the former, smaller
+model 5.3 of 2, 4.2 of 8 (2026-11-30, AVX512_BF16, one thread)."""
 _PART, _WIDE_PART = 2, 16
-"""A graph for the native size may take this part of the available memory, one of half and one of a sixteenth. The wide graph is a
-further copy of the weights, and pays for small models: large ones have enough work in two rows."""
+"""A graph for the native size may take this part of the available memory, the wide one a sixteenth, others half. The wide graph
+is a further copy of the weights, and pays for small models: large ones have enough work in two rows."""
 _ANY_SHAPE = {"SNIPPETS_MODE": "DISABLE"}
 """Settings of graphs for any shape. With OpenVINO's fused kernels ("snippets", 2026.4.1) all calls of such a graph are wrong if
 the first one has one place at the UNet's deepest level: by 13 % of the demo model's output in float32, and NaN in bfloat16."""
@@ -95,51 +99,6 @@ class OpenVinoRunner:
             return [torch.from_numpy(results[index]) for index in range(len(self.outputs))]
 
 
-class BucketRunner:
-    """A graph with runners of fixed shapes, and one runner for all other shapes.
-
-    If the first axis of all inputs and outputs is the rows (or images) of a call, a call of more rows runs in parts: in the
-    runners of its other axes, largest first. The rest, fewer rows than any of these has, runs in the runner for any shape.
-    """
-
-    def __init__(self, any_shape: Runner, fixed: Mapping[Shapes, Runner]) -> None:
-        self._any_shape = any_shape
-        self._fixed = dict(fixed)
-        self.inputs: Sequence[Any] = any_shape.inputs
-        self.outputs: Sequence[Any] = any_shape.outputs
-        self._names = [item.name for item in self.inputs]
-        self._by_row: dict[Shapes, list[tuple[int, Runner]]] = {}
-        if all(item.shape and isinstance(item.shape[0], str) for item in (*self.inputs, *self.outputs)):
-            for shapes, runner in sorted(fixed.items(), key=lambda item: item[0][0], reverse=True):
-                self._by_row.setdefault(_of_one_row(shapes), []).append((shapes[0][0], runner))
-
-    def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Runs the graph on CPU tensors."""
-        shapes = tuple(tuple(feed[name].shape) for name in self._names)
-        whole = self._fixed.get(shapes)
-        if whole is not None:
-            return whole.run(feed)
-        parts = self._parts(shapes)
-        if len(parts) == 1:
-            return parts[0][1].run(feed)
-        results: list[list[torch.Tensor]] = []
-        start = 0
-        for rows, runner in parts:
-            results.append(runner.run({name: feed[name][start : start + rows] for name in self._names}))
-            start += rows
-        return [torch.cat(pieces) for pieces in zip(*results, strict=True)]
-
-    def _parts(self, shapes: Shapes) -> list[tuple[int, Runner]]:
-        """The runners of a call in turn, with the rows of each."""
-        left = shapes[0][0] if shapes and shapes[0] else 0
-        parts: list[tuple[int, Runner]] = []
-        if all(shape and shape[0] == left for shape in shapes):
-            for rows, runner in self._by_row.get(_of_one_row(shapes), ()):
-                parts += [(rows, runner)] * (left // rows)
-                left %= rows
-        return parts if parts and not left else [*parts, (left, self._any_shape)]
-
-
 class Compiler:
     """Compiles ONNX files. `arithmetic` is OpenVINO's, "f32" or "bf16"; `cache` the folder for compiled graphs, None for none."""
 
@@ -165,6 +124,14 @@ class Compiler:
                 # OpenVINO's key of a compiled graph does not contain all settings, and earlier versions used others.
                 self._any_shape["CACHE_DIR"] = str(cache / "any_shape")
 
+    def ports(self, graph: Path) -> tuple[list[Port], list[Port]]:
+        """The inputs and outputs of the file `graph`, which is not compiled. Raises BundleError."""
+        try:
+            model = openvino_core().read_model(graph)
+            return [_port(item) for item in model.inputs], [_port(item) for item in model.outputs]
+        except RuntimeError as error:
+            raise BundleError(f"{graph} does not open in OpenVINO: {_last_line(error)}") from error
+
     def __call__(self, graph: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> OpenVinoRunner:
         """Compiles the file `graph`, with these shapes of its inputs or for any. Raises BundleError."""
         try:
@@ -175,6 +142,14 @@ class Compiler:
             return OpenVinoRunner(openvino_core().compile_model(model, "CPU", settings))
         except RuntimeError as error:
             raise BundleError(f"{graph} does not compile in OpenVINO: {_last_line(error)}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A graph of fixed shapes, which is made if it takes at most one of so many parts of the available memory."""
+
+    bucket: Bucket
+    part: int = _PART
 
 
 class Graphs:
@@ -220,47 +195,100 @@ class Graphs:
         return SplitGraphRunner(self._on_cpu(head), self._ready(name, body))
 
     def _ready(self, name: str, graph: Path) -> Runner:
-        any_shape = self._compile(graph)
-        trial = self._sizes.axes(name, any_shape.inputs, self._sizes.trial())
-        if trial is not None:
-            try_on_zeros(graph, any_shape, trial)
-        fixed: dict[Shapes, Runner] = {}
-        made = []
-        for bucket, part in self._buckets(name):
-            axes = self._sizes.axes(name, any_shape.inputs, bucket)
-            if axes and self._has_room(name, bucket, part):
-                shapes = shapes_of(any_shape.inputs, axes)
-                names = [item.name for item in any_shape.inputs]
-                fixed[shapes] = self._compile(graph, dict(zip(names, shapes, strict=True)))
-                try_on_zeros(graph, fixed[shapes], axes)
-                made.append(str(bucket))
-        sizes = f", with a graph for {', '.join(made)}" if made else ""
+        """Opens the smallest graph of each size with fixed shapes; if there is none, the graph for any shape."""
+        inputs, outputs = self._compile.ports(graph)
+        has_rows = all(item.shape and isinstance(item.shape[0], str) for item in (*inputs, *outputs))
+        by_row: dict[Shapes, RowGraphs] = {}
+        exact: dict[Shapes, Runner] = {}
+        by_size: dict[Size, RowGraphs] = {}
+        made: list[Bucket] = []
+        for first, *others in self._wanted(name):
+            shapes = self._shapes(name, inputs, first.bucket)
+            if not shapes or not self._has_room(name, first):
+                continue
+            runner = self._fixed(name, graph, inputs, first.bucket)
+            made.append(first.bucket)
+            if has_rows:
+                rows = [self._shapes(name, inputs, other.bucket)[0][0] for other in others]
+                openers = [partial(self._later, name, graph, inputs, other) for other in others]
+                later = {count: opener for count, opener in zip(rows, openers, strict=True) if count != shapes[0][0]}
+                graphs = RowGraphs(f"{self._bundle.name}: {name}", shapes[0][0], runner, later)
+                by_row[of_one_row(shapes)] = by_size[first.bucket.width, first.bucket.height] = graphs
+            else:
+                exact[shapes] = runner
+        any_shape = None if made else self._any_shape(name, graph)
+        sizes = f", with a graph for {', '.join(map(str, made))}" if made else ""
         arithmetic, threads = self._compile.arithmetic, self._compile.threads
         _log.info("%s: %s runs on openvino in %s, %d threads%s", self._bundle.name, name, arithmetic, threads, sizes)
-        return BucketRunner(any_shape, fixed) if fixed else any_shape
+        if any_shape is not None:
+            return any_shape
+        other_sizes = LaterRunner(inputs, outputs, partial(self._any_shape_or_cpu, name, graph))
+        return BucketRunner(other_sizes, by_row, exact, by_size)
 
-    def _buckets(self, name: str) -> list[tuple[Bucket, int]]:
-        """The buckets of a component; one by default is made if it takes at most one of so many parts of the available memory."""
+    def _shapes(self, name: str, inputs: Sequence[Port], bucket: Bucket) -> Shapes:
+        """The shapes of a graph's inputs for a bucket; empty if they are not known."""
+        axes = self._sizes.axes(name, inputs, bucket)
+        return shapes_of(inputs, axes) if axes else ()
+
+    def _fixed(self, name: str, graph: Path, inputs: Sequence[Port], bucket: Bucket) -> Runner:
+        """Opens a graph of fixed shapes. Raises BundleError."""
+        shapes = self._shapes(name, inputs, bucket)
+        runner = self._compile(graph, dict(zip([item.name for item in inputs], shapes, strict=True)))
+        try_on_zeros(graph, runner, self._sizes.axes(name, inputs, bucket) or {})
+        return runner
+
+    def _later(self, name: str, graph: Path, inputs: Sequence[Port], wanted: "_Wanted") -> Runner:
+        """The same during serving. Raises BundleError also if there is not enough memory."""
+        if not self._has_room(name, wanted):
+            raise BundleError("it could take too much of the available memory")
+        return self._fixed(name, graph, inputs, wanted.bucket)
+
+    def _any_shape(self, name: str, graph: Path) -> Runner:
+        """Opens the graph for any shape. Raises BundleError."""
+        runner = self._compile(graph)
+        trial = self._sizes.axes(name, runner.inputs, self._sizes.trial())
+        if trial is not None:
+            try_on_zeros(graph, runner, trial)
+        return runner
+
+    def _any_shape_or_cpu(self, name: str, graph: Path) -> Runner:
+        """The same for calls of sizes without a graph: the CPU provider's if OpenVINO does not run it."""
+        begun = time.monotonic()
+        try:
+            runner = self._any_shape(name, graph)
+        except BundleError as error:
+            problem = str(error).splitlines()[0]
+            _log.warning("%s: other sizes run on ONNX Runtime's CPU provider instead of OpenVINO: %s", name, problem)
+            return self._on_cpu(graph)
+        _log.info("%s: %s: the graph for any shape was opened in %.1f s", self._bundle.name, name, time.monotonic() - begun)
+        return runner
+
+    def _wanted(self, name: str) -> "list[list[_Wanted]]":
+        """The graphs of fixed shapes of a component, by size. The first one of each is opened at start. Each size has one of one
+        row, for a row that is left."""
         native = self._sizes.native
         if name.startswith("text_encoder"):
             return []
         if self._asked is not None:
-            return [(bucket, 1) for bucket in self._asked]
-        if native is None:
+            by_size: dict[tuple[int, int], list[_Wanted]] = {}
+            for bucket in sorted(self._asked, key=lambda bucket: bucket.rows):
+                by_size.setdefault((bucket.width, bucket.height), []).append(_Wanted(bucket))
+            return [[*some, _Wanted(replace(some[0].bucket, rows=1))] for some in by_size.values()]
+        if native is None or name != "unet":
             return []
-        wide = [(replace(native, rows=_WIDE_ROWS), _WIDE_PART)] if name == "unet" else []
-        return [(native, _PART), *wide]
+        return [[_Wanted(native), _Wanted(replace(native, rows=1)), _Wanted(replace(native, rows=_WIDE_ROWS), _WIDE_PART)]]
 
-    def _has_room(self, name: str, bucket: Bucket, part: int) -> bool:
+    def _has_room(self, name: str, wanted: "_Wanted") -> bool:
         """Whether there is enough memory for a graph of fixed shapes. Always true for buckets that the operator set."""
         component = next((item for item in self._manifest.components if item.name == name), None)
-        if component is None or self._asked is not None:
+        if component is None or (self._asked is not None and wanted.bucket in self._asked):
             return True
+        bucket, part = wanted.bucket, wanted.part
         needed = _GROWTH.get(component.precision, 4.0) * component.bytes
         left = cpu.available_memory()
         if needed > left / part:
             _log.log(
-                logging.WARNING if part == _PART else logging.INFO,
+                logging.WARNING if part == _PART and bucket.rows > 1 else logging.INFO,
                 "%s: no graph for %s, which could take %.1f of the available %.1f GiB; --buckets %s forces it",
                 *(name, bucket, needed / 2**30, left / 2**30, bucket),
             )
@@ -296,11 +324,6 @@ def prune(folder: Path, most: int = _MOST_CACHED) -> None:
             kept += path.stat().st_size
             if kept > most:
                 path.unlink(missing_ok=True)
-
-
-def _of_one_row(shapes: Shapes) -> Shapes:
-    """The shapes without their first axis."""
-    return tuple(shape[1:] for shape in shapes)
 
 
 def _port(item: Any) -> Port:
