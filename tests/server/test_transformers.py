@@ -14,6 +14,7 @@ import pytest
 import torch
 from covering import covering
 from fakes import Caller, Clock, make_request, run_out
+from img2img_export.convert.graphs import describe_graph
 from img2img_export.convert.parts import denoiser_part
 from img2img_export.convert.tracing import trace
 from img2img_export.progress import Progress
@@ -25,7 +26,7 @@ from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.diffusion import preview
 from img2img_server.runtime.diffusion.flux import Flux
-from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3
+from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3, StableDiffusion3Tokens
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.opaque.pipeline import OpaquePipeline
@@ -45,7 +46,7 @@ def load(bundle: Callable[[str], Path]) -> Load:
     def get(name: str, **changes: Any) -> StableDiffusion3 | Flux:
         manifest = replace(read_manifest(bundle(name)), **changes)
         pipeline = load_pipeline(bundle(name), manifest, Execution("cpu"), cache=Cache(2**20))
-        assert type(pipeline) is MODELS[name]
+        assert type(pipeline) is {StableDiffusion3: StableDiffusion3Tokens}.get(MODELS[name], MODELS[name])
         return pipeline
 
     return get
@@ -172,72 +173,86 @@ def turned(*sizes: tuple[int, int]) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("name", ["flux", "flux-dev"])
-def test_portrait_and_landscape_images_of_flux_share_calls(
+@pytest.mark.parametrize("name", MODELS)
+def test_portrait_and_landscape_images_share_calls(
     name: str, load: Load, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each image is diffusers' own, and the same bits as alone."""
     requests, pipeline = turned((96, 64), (64, 96)), load(name)
     alone = [run_alone(pipeline, request) for request in requests]
     callers, rows = run_together(pipeline, requests, monkeypatch)
-    assert rows == [3, 3, 3, 1, 1]
+    assert rows == ([6, 6, 6, 2, 2] if name.startswith("sd3") else [3, 3, 3, 1, 1])
     for request, caller, own in zip(requests, callers, alone, strict=True):
         for seed, image, same in zip(request.seeds, images_of(caller), own, strict=True):
             assert difference(image, expected(oracle(name), request, seed)) <= 1
             assert difference(image, same) == 0
 
 
-def test_flux_images_with_different_token_counts_do_not_share_calls(
-    load: Load, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", KINDS)
+def test_images_with_different_token_counts_do_not_share_calls(
+    name: str, load: Load, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests = [make_request(image=source(size), num_inference_steps=2, strength=1.0) for size in SIZES]
-    callers, rows = run_together(load("flux-dev"), requests, monkeypatch)
+    requests = [make_request(image=source(size), num_inference_steps=2, strength=1.0, guidance_scale=1.0) for size in SIZES]
+    callers, rows = run_together(load(name), requests, monkeypatch)
     assert rows == [1] * 6
     for request, caller in zip(requests, callers, strict=True):
-        assert difference(images_of(caller)[0], expected(oracle("flux-dev"), request, request.seeds[0])) <= 1
+        assert difference(images_of(caller)[0], expected(oracle(name), request, request.seeds[0])) <= 1
 
 
-def test_flux_in_pytorch_shares_calls_for_images_of_one_size_only(
-    oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", KINDS)
+def test_transformer_in_pytorch_shares_calls_for_images_of_one_size_only(
+    name: str, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The position ids of diffusers' class have no rows."""
-    pipeline, requests = Flux(oracle("flux-dev"), "torch:cpu", 1, Cache(0)), turned((96, 64), (64, 96))
+    """Positions in diffusers' classes have no rows."""
+    pipeline, requests = MODELS[name](oracle(name), "torch:cpu", 1, Cache(0)), turned((96, 64), (64, 96))
     with torch.inference_mode():
         callers, rows = run_together(pipeline, requests, monkeypatch)
         monkeypatch.undo()
-        assert sorted(rows) == [1, 1, 1, 1, 1, 2, 2, 2]
+        assert sorted(rows) == ([2] * 5 + [4] * 3 if name.startswith("sd3") else [1] * 5 + [2] * 3)
         for request, caller in zip(requests, callers, strict=True):
-            assert difference(images_of(caller)[0], expected(oracle("flux-dev"), request, request.seeds[0])) <= 1
+            assert difference(images_of(caller)[0], expected(oracle(name), request, request.seeds[0])) <= 1
 
 
-def test_graph_with_position_ids_is_stepped(
-    bundle: Callable[[str], Path], oracle: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", KINDS)
+def test_graph_of_images_of_one_size_is_stepped(
+    name: str, bundle: Callable[[str], Path], oracle: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As other tools make it, and earlier versions did. The images of a call have one size."""
-    old = Path(shutil.copytree(bundle("flux-dev"), tmp_path / "old"))
-    module = copy.deepcopy(oracle("flux-dev").transformer)
-    calls = [
-        {
-            "hidden_states": torch.randn(2, tokens, 64),
-            "encoder_hidden_states": torch.randn(2, text, module.config.joint_attention_dim),
-            "pooled_projections": torch.randn(2, module.config.pooled_projection_dim),
-            "timestep": torch.tensor([0.4, 0.9]),
-            "guidance": torch.tensor([3.0, 4.0]),
-            "txt_ids": torch.zeros(text, 3),
-            "img_ids": torch.zeros(tokens, 3),
-        }
-        for tokens, text in ((12, 7), (16, 9))
-    ]
+    """As other tools make it, and earlier versions did."""
+    old = Path(shutil.copytree(bundle(name), tmp_path / "old"))
+    module = copy.deepcopy(oracle(name).transformer)
+    calls = [one_call(module, *sizes) for sizes in ((4, 6, 7), (8, 4, 9))]
     part = denoiser_part("transformer", module, calls, calls[0])
     trace(module, part, calls[0]).write(old / "transformer", Progress(), "transformer")
     manifest = read_manifest(old)
-    parts = tuple(replace(one, fused="", lora="") if one.name == "transformer" else one for one in manifest.components)
+    parts = tuple(
+        replace(one, fused="", lora="", inputs=describe_graph(old, "transformer").inputs) if one.name == "transformer" else one
+        for one in manifest.components
+    )
     pipeline, requests = load_pipeline(old, replace(manifest, components=parts), Execution("cpu")), turned((96, 64), (64, 96))
-    assert isinstance(pipeline, Flux)
+    assert type(pipeline) is MODELS[name]
     callers, rows = run_together(pipeline, [*requests, requests[0]], monkeypatch)
-    assert sorted(rows) == [2] * 8
+    assert sorted(rows) == [4 if name.startswith("sd3") else 2] * 8
     for request, caller in zip(requests, callers, strict=False):
-        assert difference(images_of(caller)[0], expected(oracle("flux-dev"), request, request.seeds[0])) <= 1
+        assert difference(images_of(caller)[0], expected(oracle(name), request, request.seeds[0])) <= 1
+
+
+def one_call(module: Any, height: int, width: int, text: int) -> dict[str, torch.Tensor]:
+    """A call of diffusers' class with two rows for latents of a size."""
+    config, tokens = module.config, height * width // 4
+    call = {
+        "encoder_hidden_states": torch.randn(2, text, config.joint_attention_dim),
+        "pooled_projections": torch.randn(2, config.pooled_projection_dim),
+    }
+    if "img_ids" not in inspect.signature(module.forward).parameters:
+        latents = torch.randn(2, config.in_channels, height, width)
+        return {"hidden_states": latents, **call, "timestep": torch.tensor([400.0, 900.0])}
+    call |= {"timestep": torch.tensor([0.4, 0.9]), "guidance": torch.tensor([3.0, 4.0])}
+    return {
+        "hidden_states": torch.randn(2, tokens, 64),
+        **call,
+        "txt_ids": torch.zeros(text, 3),
+        "img_ids": torch.zeros(tokens, 3),
+    }
 
 
 def test_cancelled_request_is_removed_at_the_next_step(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

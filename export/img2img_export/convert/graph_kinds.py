@@ -230,25 +230,6 @@ class UNet(GraphKind):
         return {"out_sample": _IMAGE}
 
 
-class SD3Transformer(GraphKind):
-    """Stable Diffusion 3's transformer."""
-
-    @property
-    def inputs(self) -> Axes:
-        """Latents [B, C, h, w], text [B, T, D], pooled text [B, P], timesteps [B]."""
-        return {
-            "hidden_states": _IMAGE,
-            "encoder_hidden_states": _TEXT,
-            "pooled_projections": {0: "batch_size"},
-            "timestep": {0: "step"},
-        }
-
-    @property
-    def outputs(self) -> Axes:
-        """The prediction, in the shape of the latents."""
-        return {"out_hidden_states": _IMAGE}
-
-
 class VaeEncoder(GraphKind):
     """The encoder of an AutoencoderKL."""
 
@@ -303,7 +284,6 @@ KINDS: dict[str, type[GraphKind]] = {
     "CLIPVisionModelWithProjection": CLIPVision,
     "T5EncoderModel": T5Encoder,
     "UNet2DConditionModel": UNet,
-    "SD3Transformer2DModel": SD3Transformer,
 }
 """The kinds by module class."""
 

@@ -59,7 +59,7 @@ TOKEN_GRAPHS = {
 """Pipeline classes whose transformer becomes a graph of tokens (token_graphs.py), and the server's family name: the engine steps
 them if it has that graph."""
 
-_TOKENS = (*TOKEN_GRAPHS, "FluxImg2ImgPipeline", "FluxControlImg2ImgPipeline", FLUX_FILL)
+_TOKENS = (*TOKEN_GRAPHS, "StableDiffusion3Img2ImgPipeline", "FluxImg2ImgPipeline", "FluxControlImg2ImgPipeline", FLUX_FILL)
 """All pipeline classes whose transformer becomes a graph of tokens."""
 
 _OWN_CLASS = {

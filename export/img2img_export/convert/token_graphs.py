@@ -1,4 +1,4 @@
-"""The transformers of Flux, FLUX.2, Qwen-Image and Z-Image as graphs of batched tokens.
+"""The transformers of Stable Diffusion 3, Flux, FLUX.2, Qwen-Image and Z-Image as graphs of batched tokens.
 
 Traced as they are, these classes become graphs of one size and one row, or none at all: they take positions without a batch axis,
 sizes as Python numbers, or lists, and turn them into rotary tables by complex numbers. Here their blocks are called in the order
@@ -15,7 +15,7 @@ import torch
 from img2img_server.runtime.common import rotary
 from img2img_server.runtime.common.rotary import Positions, Size
 from img2img_server.runtime.onnx import token_graphs
-from img2img_server.runtime.onnx.token_graphs import MARK
+from img2img_server.runtime.onnx.token_graphs import MARK, PLACES
 
 from img2img_export.convert.graph_kinds import Axes, GraphKind
 from img2img_export.convert.parts import Part, Tensors
@@ -219,7 +219,49 @@ class ZKind(TokenKind):
         return found
 
 
+class SD3Kind(TokenKind):
+    """Stable Diffusion 3, whose positions are a table of embeddings."""
+
+    @property
+    def inputs(self) -> Axes:
+        """Tokens, text [B, T, D], pooled text [B, P], timesteps [B], and the tokens' places."""
+        image, row = {0: "batch_size", 1: "image_tokens"}, {0: "batch_size"}
+        text = {0: "batch_size", 1: "text_tokens"}
+        known: Axes = {"hidden_states": image, "encoder_hidden_states": text, "pooled_projections": row}
+        return known | {"timestep": row, PLACES: image}
+
+    def reference(self, model: Any, call: dict[str, Any]) -> torch.Tensor:
+        """The tokens [N, C] that diffusers' own `forward` returns for a call of one row."""
+        return token_graphs.patches(super().reference(model, call)[:, None])
+
+    def example(self, layout: Layout, timestep: float, generator: torch.Generator) -> dict[str, Any]:
+        """A call of diffusers' class with a row of random latents."""
+        (height, width), config = layout.sizes[0], self._config
+        return {
+            "hidden_states": torch.randn(1, config["in_channels"], 2 * height, 2 * width, generator=generator),
+            "encoder_hidden_states": torch.randn(1, layout.text, config["joint_attention_dim"], generator=generator),
+            "pooled_projections": torch.randn(1, config["pooled_projection_dim"], generator=generator),
+            "timestep": torch.tensor([1000 * timestep]),
+        }
+
+    def _denoise(self, model: Any, **inputs: torch.Tensor) -> torch.Tensor:
+        places = inputs[PLACES]
+        # The patches lie in one line, of which the convolution makes a token each.
+        line = inputs["hidden_states"].unflatten(2, (2, 2, -1)).permute(0, 4, 2, 1, 3).flatten(3)  # type: ignore[no-untyped-call]
+        # Not of the table without its first axis, which would be a second table in memory.
+        embedded = model.pos_embed.pos_embed.index_select(1, places.flatten()).reshape(*places.shape, -1)
+        with patch.object(model.pos_embed, "cropped_pos_embed", lambda *_: embedded):
+            image = model.pos_embed(line)
+        condition = model.time_text_embed(inputs["timestep"], inputs["pooled_projections"])
+        text = model.context_embedder(inputs["encoder_hidden_states"])
+        for block in model.transformer_blocks:
+            text, image = block(hidden_states=image, encoder_hidden_states=text, temb=condition)
+        found: torch.Tensor = model.proj_out(model.norm_out(image, condition))
+        return found
+
+
 KINDS: dict[str, type[TokenKind]] = {
+    "SD3Transformer2DModel": SD3Kind,
     "FluxTransformer2DModel": FluxKind,
     "Flux2Transformer2DModel": Flux2Kind,
     "QwenImageTransformer2DModel": QwenKind,

@@ -33,7 +33,7 @@ from img2img_server.runtime.diffusion.latent_consistency import LatentConsistenc
 from img2img_server.runtime.diffusion.light import LIGHT
 from img2img_server.runtime.diffusion.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
-from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3
+from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3, StableDiffusion3Tokens
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.diffusion.z_image import ZImage
 from img2img_server.runtime.execution import Execution
@@ -47,6 +47,7 @@ from img2img_server.runtime.onnx.placement import Placement
 from img2img_server.runtime.onnx.providers import Probe, ProviderChoice, choose
 from img2img_server.runtime.onnx.runners import HostRunner, Make
 from img2img_server.runtime.onnx.sessions import Open, SessionOptions, last_line, open_session
+from img2img_server.runtime.onnx.token_graphs import PLACES
 from img2img_server.runtime.opaque.pipeline import OpaquePipeline
 from img2img_server.runtime.providers import openvino
 from img2img_server.runtime.torch.compile import compile_modules
@@ -290,9 +291,14 @@ def _judged(loading: Loading, precision: Precision, quick: Callable[[], Pipeline
 
 def family_of(manifest: Manifest) -> type[SteppedPipeline] | None:
     """The family that steps a bundle. None for one that runs whole, such as one whose graph takes one timestep for all rows."""
-    once_whole = _ONCE_WHOLE.get(manifest.pipeline_class, "")
-    per_row = all(_has_rows(item) for part in manifest.components for item in part.inputs if item.name == "timestep")
-    return FAMILIES.get(manifest.family) or (FAMILIES.get(once_whole) if per_row else None)
+    once_whole, inputs = (
+        _ONCE_WHOLE.get(manifest.pipeline_class, ""),
+        [item for one in manifest.components for item in one.inputs],
+    )
+    per_row = all(_has_rows(item) for item in inputs if item.name == "timestep")
+    family = FAMILIES.get(manifest.family) or (FAMILIES.get(once_whole) if per_row else None)
+    has_tokens = any(item.name == PLACES for item in inputs)
+    return StableDiffusion3Tokens if family is StableDiffusion3 and has_tokens else family
 
 
 def _has_rows(item: TensorSpec) -> bool:

@@ -10,11 +10,13 @@ from img2img_server.runtime.common.vae import decode_shifted
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
+from img2img_server.runtime.diffusion.tokens import PatchedPipeline
 from img2img_server.runtime.schedulers.flow import FlowSchedulers
 
 
 class StableDiffusion3(SteppedPipeline):
-    """A transformer, flow matching, and up to three text encoders."""
+    """A transformer, flow matching, and up to three text encoders. The transformer is diffusers' own, or a graph of it as other
+    tools make it: the images of a call have one size."""
 
     scheduler_cache = FlowSchedulers
     denoiser_name = "transformer"
@@ -42,11 +44,24 @@ class StableDiffusion3(SteppedPipeline):
         return {"hidden_states": samples, "timestep": timesteps, **conditioning}
 
     def _final_latents(self, state: DiffusionState) -> torch.Tensor:
+        latents = super()._final_latents(state)
         if state.blend is None:
-            return state.latents
+            return latents
         # StableDiffusion3InpaintPipeline decodes without the shift (huggingface/diffusers#13611), and so do we.
         config = self._pipe.vae.config
-        return state.latents - float(config.shift_factor * config.scaling_factor)
+        return latents - float(config.shift_factor * config.scaling_factor)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         return decode_shifted(self._pipe.vae, latents)
+
+
+class StableDiffusion3Tokens(StableDiffusion3, PatchedPipeline):
+    """With a graph of tokens: the images of a call have one number of tokens."""
+
+    def _first_latents(
+        self, pipe: Any, request: Request, timesteps: torch.Tensor, dtype: torch.dtype, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        return self._packed(SteppedPipeline._first_latents(self, pipe, request, timesteps, dtype, generators))
+
+    def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        return {**PatchedPipeline._inputs(self, samples, timesteps, conditioning), "timestep": timesteps}

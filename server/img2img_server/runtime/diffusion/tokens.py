@@ -1,7 +1,8 @@
-"""Families whose transformer is a graph of tokens (`onnx/token_graphs.py`): Flux, FLUX.2, Qwen-Image and Z-Image.
+"""Families whose transformer is a graph of tokens (`onnx/token_graphs.py`): Stable Diffusion 3, Flux, FLUX.2, Qwen-Image and
+Z-Image.
 
 Latents are kept as tokens, [n, C, N, 1], so that requests of different shapes share calls if their images have equally many
-tokens, and their references too. Rotary tables say where each token lies.
+tokens, and their references too. Rotary tables, or indices of a table, say where each token lies.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -21,7 +22,7 @@ from img2img_server.runtime.common.sources import check_sources
 from img2img_server.runtime.diffusion.conditioning import Embedding, Encoded
 from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
-from img2img_server.runtime.onnx.token_graphs import TokenGraph, join
+from img2img_server.runtime.onnx.token_graphs import TokenGraph, join, patches, unpatched
 
 _T = TypeVar("_T")
 
@@ -187,6 +188,21 @@ class TokenPipeline(SteppedPipeline):
         tokens = latents[..., 0].transpose(1, 2)
         unpacked: torch.Tensor = self._pipe._unpack_latents(tokens, height, width, self._pipe.vae_scale_factor)
         return unpacked
+
+
+class PatchedPipeline(TokenPipeline):
+    """A class whose latents are images [n, c, h, w], of which the transformer's tokens are patches of two by two."""
+
+    def _packed(self, latents: torch.Tensor) -> torch.Tensor:
+        return super()._packed(torch.stack([patches(one[:, None]) for one in latents]))
+
+    def _layout(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._packed(latents)
+
+    def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+        width, height = (side // self._pipe.vae_scale_factor for side in request.result_size)
+        shape = (latents.shape[1] // 4, 1, height, width)
+        return torch.cat([unpatched(tokens.T, shape).transpose(0, 1) for tokens in latents[..., 0]])
 
 
 class TrulyGuidedPipeline(TokenPipeline):

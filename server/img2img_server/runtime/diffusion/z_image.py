@@ -8,13 +8,13 @@ from img2img_server.engine.request import Request
 from img2img_server.runtime.common.vae import decode_shifted
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.state import Conditioning
-from img2img_server.runtime.diffusion.tokens import TokenPipeline
-from img2img_server.runtime.onnx.token_graphs import filled, patches, unpatched
+from img2img_server.runtime.diffusion.tokens import PatchedPipeline
+from img2img_server.runtime.onnx.token_graphs import filled
 from img2img_server.runtime.schedulers.flow import ZImageSchedulers
 from img2img_server.support.source_rule import MaskUse
 
 
-class ZImage(TokenPipeline):
+class ZImage(PatchedPipeline):
     """Any guidance above 0 guides; the class counts it from the prompt's prediction. The transformer predicts the negative."""
 
     scheduler_cache = ZImageSchedulers
@@ -32,23 +32,12 @@ class ZImage(TokenPipeline):
         found, _ = self._pipe.encode_prompt(list(texts), self._pipe._execution_device, do_classifier_free_guidance=False)
         return [Embedding(hidden_states[None], None) for hidden_states in found]
 
-    def _packed(self, latents: torch.Tensor) -> torch.Tensor:
-        return super()._packed(torch.stack([patches(one[:, None]) for one in latents]))
-
-    def _layout(self, latents: torch.Tensor) -> torch.Tensor:
-        return self._packed(latents)
-
     def _inputs(self, samples: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
         inputs = super()._inputs(samples, timesteps, conditioning)
         return {**inputs, "hidden_states": filled(inputs["hidden_states"]), "timestep": (1000 - timesteps) / 1000}
 
     def _noise(self, output: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         return -super()._noise(output, samples)
-
-    def _unpacked(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
-        width, height = (side // self._pipe.vae_scale_factor for side in request.result_size)
-        shape = (latents.shape[1] // 4, 1, height, width)
-        return torch.cat([unpatched(tokens.T, shape).transpose(0, 1) for tokens in latents[..., 0]])
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         return decode_shifted(self._pipe.vae, latents)

@@ -27,7 +27,7 @@ from img2img_server.runtime.common.pipe import parts
 from img2img_server.runtime.common.vae import LATENT_STATISTICS, BoundedVae, output_of
 from img2img_server.runtime.onnx.control_inputs import missing_inputs, needs_control_graph
 from img2img_server.runtime.onnx.runners import Runner, dtype_of, open_for
-from img2img_server.runtime.onnx.token_graphs import GRAPHS, MARK, TokenGraph
+from img2img_server.runtime.onnx.token_graphs import GRAPHS, TokenGraph
 from img2img_server.support.device_lock import DEVICE_IN_USE
 
 _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
@@ -210,7 +210,8 @@ class OnnxDenoiser(OnnxModule):
         self.in_channels = self.config.get("in_channels")
         self.row_buckets = graph.row_buckets
         self.input_types = graph.input_types
-        self.tokens: TokenGraph | None = GRAPHS[str(name)](self.config) if MARK in graph.input_types else None
+        kind = GRAPHS.get(name)
+        self.tokens: TokenGraph | None = kind(self.config) if kind is not None and kind.mark in graph.input_types else None
 
     def predict(self, **inputs: Any) -> tuple[torch.Tensor]:
         """The output of the graph that takes these inputs; the values of a dictionary are passed by their keys."""

@@ -19,7 +19,10 @@ Tensors = dict[str, torch.Tensor]
 """Inputs of a graph by name, each [B, ...]."""
 
 MARK = "image_rotary"
-"""The input that only these graphs have."""
+"""The input with the rotary table of the images' tokens."""
+
+PLACES = "image_places"
+"""The input of Stable Diffusion 3's graph for where each of the images' tokens lies: indices [B, N] in a table of the model."""
 
 _BIASED_MULTIPLE = 16
 """ONNX Runtime's CUTLASS attention takes a bias for sequences of a multiple of 16 tokens in fp32, and of 8 in half precision."""
@@ -31,6 +34,8 @@ _MOST_TABLES = 16
 class TokenGraph:
     """The graph of a transformer of diffusers with the configuration `config`."""
 
+    mark = MARK
+    """The input that only this graph has."""
     _axes = "axes_dims_rope"
     _rotary: Rotary
     _positions: Callable[[int, Sequence[Size]], tuple[Positions, Positions]]
@@ -150,7 +155,40 @@ class ZTokens(TokenGraph):
         return [unpatched(tokens, latents.shape) for tokens, latents in zip(sample, call["x"], strict=True)]
 
 
+class SD3Tokens(TokenGraph):
+    """Stable Diffusion 3. It has a table of embeddings for positions, of which an image has the middle."""
+
+    mark = PLACES
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._most = int(config["pos_embed_max_size"])
+
+    def inputs(self, call: Mapping[str, Any]) -> Tensors:
+        """Also `pooled_projections` [B, P]. The latents of a call have one size."""
+        latents = call["hidden_states"]
+        places = self._places((latents.shape[-2] // 2, latents.shape[-1] // 2)).expand(len(latents), -1)
+        tokens = torch.stack([patches(one[:, None]) for one in latents])
+        names = ("encoder_hidden_states", "pooled_projections", "timestep")
+        return {**{name: call[name] for name in names}, "hidden_states": tokens, PLACES: places}
+
+    def conditions(self, text: torch.Tensor, sizes: Sequence[Size]) -> Tensors:
+        """The text's embedding, and the places. The image has no references."""
+        return {"encoder_hidden_states": text[None], PLACES: self._places(sizes[0])}
+
+    def output(self, call: Mapping[str, Any], sample: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, h, w]."""
+        height, width = call["hidden_states"].shape[-2:]
+        shape = (sample.shape[-1] // 4, 1, height, width)
+        return torch.stack([unpatched(tokens, shape)[:, 0] for tokens in sample])
+
+    def _places(self, size: Size) -> torch.Tensor:
+        """The places of the tokens of an image, [1, N]."""
+        down, right = (torch.arange(side) + (self._most - side) // 2 for side in size)
+        return (down[:, None] * self._most + right).reshape(1, -1)
+
+
 GRAPHS: dict[str, type[TokenGraph]] = {
+    "SD3Transformer2DModel": SD3Tokens,
     "FluxTransformer2DModel": FluxTokens,
     "FluxControlNetModel": FluxTokens,
     "Flux2Transformer2DModel": Flux2Tokens,
