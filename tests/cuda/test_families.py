@@ -51,7 +51,7 @@ def test_a_transformer_opens_and_runs(
 @pytest.mark.parametrize(
     "name",
     nightly_but(
-        ["flux-dev", "klein", "klein:bf16", "flux2:fp16", "qwenimage:bf16", "qwenimage", "zimage:fp16"],
+        ["sd3", "flux-dev", "klein", "klein:bf16", "flux2:fp16", "qwenimage:bf16", "qwenimage", "zimage:fp16"],
         "flux-dev",
         "klein:bf16",
         "qwenimage",

@@ -46,7 +46,7 @@ def load(bundle: Callable[[str], Path]) -> Load:
     def get(name: str, **changes: Any) -> StableDiffusion3 | Flux:
         manifest = replace(read_manifest(bundle(name)), **changes)
         pipeline = load_pipeline(bundle(name), manifest, Execution("cpu"), cache=Cache(2**20))
-        assert type(pipeline) is {StableDiffusion3: StableDiffusion3Tokens}.get(MODELS[name], MODELS[name])
+        assert isinstance(pipeline, StableDiffusion3Tokens if name.startswith("sd3") else Flux)
         return pipeline
 
     return get
