@@ -291,10 +291,8 @@ def _judged(loading: Loading, precision: Precision, quick: Callable[[], Pipeline
 
 def family_of(manifest: Manifest) -> type[SteppedPipeline] | None:
     """The family that steps a bundle. None for one that runs whole, such as one whose graph takes one timestep for all rows."""
-    once_whole, inputs = (
-        _ONCE_WHOLE.get(manifest.pipeline_class, ""),
-        [item for one in manifest.components for item in one.inputs],
-    )
+    once_whole = _ONCE_WHOLE.get(manifest.pipeline_class, "")
+    inputs = [item for part in manifest.components for item in part.inputs]
     per_row = all(_has_rows(item) for item in inputs if item.name == "timestep")
     family = FAMILIES.get(manifest.family) or (FAMILIES.get(once_whole) if per_row else None)
     has_tokens = any(item.name == PLACES for item in inputs)
