@@ -310,6 +310,27 @@ def test_progress_has_the_remaining_time() -> None:
     assert [event.eta for event in caller.events if isinstance(event, Progress)] == [3.0, 2.0, 1.0, 0.0]
 
 
+def test_active_requests_wait_for_the_images_of_one_request_with_image_prompts_a_step() -> None:
+    """Others are admitted beside it. If no request is active, nobody waits, and all are admitted together."""
+    engine, pipeline, _ = make_engine(QueueLimits(max_admitted=4))
+    prompts = (ImagePromptUse("a", ()),)
+    running = Caller(engine).submit(num_inference_steps=8)
+    engine.step()
+    callers = [Caller(engine).submit(image_prompts=own, num_inference_steps=8) for own in (prompts, (), prompts, prompts)]
+    begun = []
+    for _ in range(3):
+        engine.step()
+        begun.append([any(isinstance(event, Started) for event in caller.events) for caller in callers])
+    assert begun == [[True, True, False, False], [True, True, True, False], [True] * 4]
+    assert running.steps == [1, 2, 3, 4]
+    run_out(engine)
+    pipeline.prepared.clear()
+    for _ in range(3):
+        Caller(engine).submit(image_prompts=prompts)
+    engine.step()
+    assert len(pipeline.prepared) == 3
+
+
 def test_encoding_image_prompts_does_not_lengthen_the_forecast_of_others() -> None:
     """Each request with some is encoded in a call of its own, since the watchdog bounds a call."""
     engine, pipeline, clock = make_engine(codec_seconds=1.0)

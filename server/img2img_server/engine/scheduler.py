@@ -178,7 +178,8 @@ class Scheduler:
 
     def admit(self, now: float) -> list[Ticket]:
         """Admits the first waiting request that could join a call and a few that share its shape, so the active ones wait for one
-        encoding at most. If none is active, all that are alike and fill a call are admitted, and so end together."""
+        encoding at most: of one request with image prompts, since each of its images can take as long as many steps. If none is
+        active, all that are alike and fill a call are admitted, and so end together."""
         free = self.limits.max_active - len(self.active)
         if free <= 0 or not self.waiting:
             return []
@@ -195,6 +196,8 @@ class Scheduler:
         for ticket in joining:
             if len(chosen) >= (free if most else few):
                 break
+            if self.active and ticket.request.image_prompts and any(other.request.image_prompts for other in chosen):
+                continue
             fills = ticket.kind == first.kind and rows + ticket.plan.rows <= most
             if fills or (len(chosen) < few and ticket.group == first.group):
                 chosen.append(ticket)
