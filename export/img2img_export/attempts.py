@@ -26,8 +26,9 @@ from img2img_server.runtime.common.fp32_compute import computing_in_fp32
 from img2img_server.runtime.schedulers import registry
 from PIL import Image
 
-from img2img_export.component import STATIC, STATIC_GRAPHS, Converter, Made, release_memory
+from img2img_export.component import STATIC, Converter, Made, release_memory
 from img2img_export.convert import models, torch_bundle
+from img2img_export.convert.making import STATIC_GRAPHS
 from img2img_export.convert.models import Loader, Plan
 from img2img_export.errors import ExportError, first_line, may_fall_back
 from img2img_export.options import ExportOptions

@@ -34,6 +34,7 @@ from img2img_server.bundle.manifest import (
 from img2img_server.bundle.speedups import LIGHT_NAME
 from img2img_server.runtime.common.fp32_compute import computing_in_fp32
 from img2img_server.runtime.common.vae import LATENT_STATISTICS
+from img2img_server.runtime.onnx.vision import TOWER
 
 from img2img_export.convert import light_graph, lora_graph, parts, split_graph
 from img2img_export.convert.calibration import Calibration
@@ -44,16 +45,17 @@ from img2img_export.convert.fused_attention import name_of, write_beside
 from img2img_export.convert.fusion import fuse
 from img2img_export.convert.graph_kinds import LanguageModel
 from img2img_export.convert.graphs import describe_graph, quiet
+from img2img_export.convert.making import STATIC_GRAPHS
+from img2img_export.convert.making import make as make_graph
 from img2img_export.convert.models import Loader
 from img2img_export.convert.parts import Part, Tensors
 from img2img_export.convert.static_int8 import to_static_int8
 from img2img_export.convert.token_graphs import token_part
-from img2img_export.convert.tracing import trace
 from img2img_export.errors import FAILURES, ExportError, first_line
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.read.checkpoint import DENOISERS
-from img2img_export.verify import control_cases, lora_cases, token_cases, vision_cases
+from img2img_export.verify import control_cases, lora_cases, seeing_cases, token_cases, vision_cases
 from img2img_export.verify.light_cases import light_cases
 from img2img_export.verify.parity import Case, compare, make_cases, open_fused, open_graph, problems_of, takes_any_size
 from img2img_export.verify.recorded_inputs import VAE, Calls
@@ -75,7 +77,6 @@ _TRACED_TOKENS = 13
 
 STATIC = frozenset({"unet", VAE})
 """Components with graphs in static int8."""
-STATIC_GRAPHS = ("unet", "vae_decoder")
 _BUDGETS = (0.03, 0.015, 0.0075, 0.0)
 """Relative errors of a graph's output that static int8 may add, each tried if images with the one before are not good enough. 0:
 the graph stays in fp32."""
@@ -196,7 +197,9 @@ class Converter:
 
     def convert(self, component: str) -> Iterator[Made]:
         """Makes the graphs of one component. Raises ExportError if one cannot be made, or fails and must not be published."""
-        for name in ("vae_encoder", "vae_decoder") if component == VAE else (component,):
+        names = ("vae_encoder", "vae_decoder") if component == VAE else (component,)
+        sees = component in self._calls and self._calls[component].has_images
+        for name in (*names, TOWER) if sees else names:
             yield self._convert(component, name)
 
     def _convert(self, component: str, name: str) -> Made:
@@ -206,7 +209,8 @@ class Converter:
             wanted, reason = "fp32", "the source image is encoded once, and in full precision"
         if wanted == "int8" and name in STATIC_GRAPHS and not _BUDGETS[self._budget]:
             wanted, reason = "fp32", "images differ too much in int8"
-        narrow: WeightFormat = self._format if name == _TRANSFORMER or name.startswith("text_encoder") else ""
+        can_be_narrow = name == _TRANSFORMER or (name.startswith("text_encoder") and name != TOWER)
+        narrow: WeightFormat = self._format if can_be_narrow else ""
         reason = self.coarsening or reason
         made = self._attempt(component, name, wanted, narrow)
         while made.problems and narrow:
@@ -294,10 +298,10 @@ class Converter:
 
     def _write(self, component: str, name: str, precision: Precision, narrow: WeightFormat) -> _Written:
         """Writes the graphs and their configuration, and frees the module."""
-        if name not in self._calls:
+        calls = self._calls.get(component if name == TOWER else name)
+        if calls is None:
             raise ExportError(f"{name} was not called by the pipeline, so no inputs were recorded to trace it with")
         module = self._loader.component(component)
-        calls = self._calls[name]
         folder = self._bundle / name
         # int8 weights would differ in scale from those of the plain graph.
         layers = lora_graph.layers_of(module) if self._options.lora_graphs and precision != "int8" else ()
@@ -309,7 +313,8 @@ class Converter:
                 part, example, cases, cost = self._described(name, module, calls)
                 has_controls = self._control_graphs and name in _CONTROLLED and precision != "int8"
                 further = _further(part, module, example, cases, layers, has_controls)
-            make = functools.partial(_make, module, precision=precision, narrow=narrow, group_size=self._options.group_size)
+            module = parts.traced(module)
+            make = functools.partial(make_graph, module, precision=precision, narrow=narrow, group_size=self._options.group_size)
             external = make(part, example)
             for field, wanted in further.items():
                 try:
@@ -407,6 +412,8 @@ def described(name: str, module: Any, calls: Calls) -> tuple[Part, Tensors, list
         return vision_cases.described(module)
     if name == controls.FAMILY:
         return control_cases.described(module, *_SMALL["unet"][1])
+    if calls.has_images:
+        return seeing_cases.described(name, module, calls)
     if calls.rows:
         part, kind = token_part(name, module)
         return part, token_cases.example(part, kind), token_cases.make_cases(part, kind, module, calls)
@@ -452,40 +459,6 @@ def _remove_fused(folder: Path) -> None:
     shutil.rmtree(folder / FUSED, ignore_errors=True)
     for file in (FUSED_ATTENTION, *map(name_of, _FURTHER.values())):
         (folder / file).unlink(missing_ok=True)
-
-
-def _make(
-    module: Any,
-    part: Part,
-    example: Tensors,
-    precision: Precision,
-    narrow: WeightFormat,
-    group_size: int,
-    fused_attention: bool = False,
-) -> ExternalWeightsGraph:
-    graph = _in_precision(module, part, example, precision, fused_attention)
-    if not narrow:
-        return graph
-    from img2img_export.convert.weight_only import to_weight_only
-
-    return to_weight_only(graph, narrow, group_size)
-
-
-def _in_precision(module: Any, part: Part, example: Tensors, precision: Precision, fused_attention: bool) -> ExternalWeightsGraph:
-    if precision == "fp32":
-        return trace(module, part, example, fused_attention=fused_attention)
-    if precision == "int8" and part.name not in STATIC_GRAPHS:
-        from img2img_export.convert.quantize import to_int8
-
-        return to_int8(trace(module, part, example))
-    if precision == "int8":
-        return trace(module, part, example)
-    graph = trace(module, part, example, torch.float16, fused_attention)
-    if precision == "bf16":
-        from img2img_export.convert.bfloat16 import to_bfloat16
-
-        return to_bfloat16(graph)
-    return graph
 
 
 def _save_config(module: Any, folder: Path, requested: Precision) -> None:

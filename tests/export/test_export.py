@@ -16,9 +16,8 @@ import torch
 from covering import nightly_but
 from diffusers import AutoPipelineForImage2Image
 from img2img_cli.__main__ import main
-from img2img_export import component
 from img2img_export.build import Outcome, export_model
-from img2img_export.convert import models, torch_bundle, tracing
+from img2img_export.convert import making, models, torch_bundle, tracing
 from img2img_export.convert.external_weights import ExternalWeightsGraph
 from img2img_export.convert.parts import Part
 from img2img_export.errors import ExportError
@@ -201,7 +200,7 @@ def untraceable(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                 part = dataclasses.replace(part, call=fail)
             return trace(module, part, *arguments, **named)
 
-        monkeypatch.setattr(component, "trace", refuse)
+        monkeypatch.setattr(making, "trace", refuse)
 
     return install
 

@@ -23,8 +23,8 @@ FAMILIES = {
     "kontext": ("flux-kontext", "onnx"),
     "klein": ("flux-2-klein", "onnx"),
     "flux2": ("flux-2", "onnx"),
-    "qwenimage": ("qwen-image", "hybrid"),
-    "zimage": ("z-image", "hybrid"),
+    "qwenimage": ("qwen-image", "onnx"),
+    "zimage": ("z-image", "onnx"),
 }
 """Tiny models, their families, and what their bundles run on. Those of Qwen-Image-Edit and -Plus, which look at a million pixels,
 are in test_architectures.py."""

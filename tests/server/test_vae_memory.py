@@ -21,6 +21,7 @@ from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from PIL import Image
 from tiny_parts import vae as make_vae
+from tiny_transformers import CHANNELS
 
 STABLE_DIFFUSION = {
     "block_out_channels": [128, 256, 512, 512],
@@ -29,6 +30,7 @@ STABLE_DIFFUSION = {
 }
 TINY = {"block_out_channels": [64] * 4, "latent_channels": 4}
 """What AutoencoderTiny's configuration has of it."""
+QWEN = {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 TILED = 1
 """So few bytes that every image is tiled that is larger than a tile."""
 
@@ -68,8 +70,25 @@ def test_attention_memory_grows_with_the_square_of_the_pixels() -> None:
     assert Footprint(TINY, scores=True).of(512, 512, 4) == Footprint(TINY, scores=False).of(512, 512, 4), "it has no attention"
 
 
+def test_a_videos_vae_has_the_scale_width_and_attention_of_one_of_images() -> None:
+    """AutoencoderKLQwenImage has other words for them."""
+    same = {"block_out_channels": [96, 192, 384, 384], "down_block_types": ["DownEncoderBlock2D"] * 4}
+    for scores in (False, True):
+        ours, theirs = Footprint(QWEN, scores), Footprint(same, scores)
+        assert ours.scale == theirs.scale == 8
+        assert ours.of(512, 768, 2) == theirs.of(512, 768, 2)
+    assert Footprint(QWEN, True).of(512, 512, 4) > Footprint(QWEN, False).of(512, 512, 4)
+
+
 @pytest.mark.parametrize(
-    "config", [{}, {"block_out_channels": "abc"}, {"block_out_channels": []}, {"block_out_channels": [1, -1, 1, 1]}]
+    "config",
+    [
+        {},
+        {"block_out_channels": "abc"},
+        {"block_out_channels": []},
+        {"block_out_channels": [1, -1, 1, 1]},
+        {"dim_mult": [1, 2], "base_dim": None},
+    ],
 )
 @pytest.mark.parametrize("size", [None, 0, -1, "x", [8, 8], 1])
 def test_incomplete_or_invalid_vae_config_falls_back_to_defaults(config: dict[str, Any], size: Any) -> None:
@@ -178,7 +197,29 @@ def test_a_tiled_image_is_the_one_that_diffusers_makes_with_tiling(
     assert difference(run_alone(ours, asked), tiled) <= 1
 
 
-@pytest.mark.parametrize("name", ["sd1", "flux"])
+def test_a_videos_vae_divides_batches_and_tiles_images(bundle: Callable[[str], Path]) -> None:
+    """Of frames [B, 3, 1, H, W], into tiles of at most 512 pixels."""
+    folder = bundle("qwenimage")
+    whole, bounded = (
+        load_pipeline(folder, read_manifest(folder), Execution("cpu", 1, vae_memory=memory))._pipe.vae  # type: ignore[attr-defined]
+        for memory in (None, TILED)
+    )
+    small, large = torch.rand(2, 3, 1, 48, 64) * 2 - 1, torch.rand(1, 3, 1, 64, 800) * 2 - 1
+    latents = [vae.encode(small).latent_dist.parameters for vae in (whole, bounded)]
+    assert latents[0].shape == (2, 2 * CHANNELS, 1, 6, 8)
+    assert torch.allclose(latents[0], latents[1], atol=1e-4)
+    pixels = [vae.decode(latents[0][:, :CHANNELS])[0] for vae in (whole, bounded)]
+    assert pixels[0].shape == small.shape
+    assert torch.allclose(pixels[0], pixels[1], atol=1e-4)
+    untiled, tiled, first = (
+        vae.encode(images).latent_dist.mean for vae, images in ((whole, large), (bounded, large), (whole, large[..., :512]))
+    )
+    assert torch.allclose(tiled[..., :48], first[..., :48], atol=1e-4)
+    assert not torch.allclose(tiled, untiled, atol=1e-3), "a tile does not see the rest"
+    assert bounded.decode(tiled)[0].shape == large.shape
+
+
+@pytest.mark.parametrize("name", ["sd1", "flux", "qwenimage"])
 def test_split_batch_gives_the_same_images(name: str, bundle: Callable[[str], Path]) -> None:
     folder = bundle(name)
     manifest, asked = read_manifest(folder), request((64, 48), strength=0.7, guidance_scale=1.0, seeds=(3, 4, 5))

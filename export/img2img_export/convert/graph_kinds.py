@@ -287,5 +287,10 @@ KINDS: dict[str, type[GraphKind]] = {
 }
 """The kinds by module class."""
 
-LANGUAGE_MODELS = ("Qwen3ForCausalLM", "Mistral3ForConditionalGeneration")
+LANGUAGE_MODELS = (
+    "Qwen3Model",
+    "Qwen3ForCausalLM",
+    "Mistral3ForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+)
 """The classes that are language models."""

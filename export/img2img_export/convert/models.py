@@ -44,6 +44,10 @@ GRAPHS = {
     "FluxKontextPipeline": ("flux-kontext", ("text_encoder", "text_encoder_2", "transformer", "vae")),
     "Flux2KleinPipeline": ("flux-2-klein", ("text_encoder", "transformer", "vae")),
     "Flux2Pipeline": ("flux-2", ("text_encoder", "transformer", "vae")),
+    "QwenImageImg2ImgPipeline": ("qwen-image", ("text_encoder", "transformer", "vae")),
+    "QwenImageEditPipeline": ("qwen-image-edit", ("text_encoder", "transformer", "vae")),
+    "QwenImageEditPlusPipeline": ("qwen-image-edit-plus", ("text_encoder", "transformer", "vae")),
+    "ZImageImg2ImgPipeline": ("z-image", ("text_encoder", "transformer", "vae")),
 }
 """Pipeline classes that become graphs entirely: the server's family name, and the components."""
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKLQwenImage, AutoencoderTiny
 from img2img_server.runtime.common.vae import tensor_of
 
+from img2img_export.convert.frame_vae import FrameVae
 from img2img_export.convert.graph_kinds import (
     KINDS,
     LANGUAGE_MODELS,
@@ -87,15 +88,15 @@ def vae_parts(module: Any) -> tuple[Part, Part]:
     AutoencoderTiny to latents [B, C, h, w]). Decoder: latents to pixels."""
 
     def encode(vae: Any, inputs: Tensors) -> Tensors:
-        return {"latent_parameters": tensor_of(vae.encode(inputs["sample"]))}
+        return {"latent_parameters": _image(tensor_of(vae.encode(_seen(vae, inputs["sample"]))))}
 
     def decode(vae: Any, inputs: Tensors) -> Tensors:
-        return {"sample": vae.decode(inputs["latent_sample"]).sample}
+        return {"sample": _image(vae.decode(_seen(vae, inputs["latent_sample"])).sample)}
 
     encoder: GraphKind
     decoder: GraphKind
-    if isinstance(module, AutoencoderTiny):
-        # Unlike an AutoencoderKL, it has no block types in its configuration.
+    if isinstance(module, AutoencoderTiny | AutoencoderKLQwenImage):
+        # Unlike an AutoencoderKL, they have no block types in their configuration.
         pixels, latents = ({0: "batch_size", 2: f"{what}height", 3: f"{what}width"} for what in ("", "latent_"))
         encoder = Called(module.config, {"sample": pixels}, {"latent_parameters": latents})
         decoder = Called(module.config, {"latent_sample": latents}, {"sample": pixels})
@@ -105,6 +106,21 @@ def vae_parts(module: Any) -> tuple[Part, Part]:
         Part("vae_encoder", "vae", encoder.inputs, encoder.outputs, encode, encoder),
         Part("vae_decoder", "vae", decoder.inputs, decoder.outputs, decode, decoder),
     )
+
+
+def traced(module: Any) -> Any:
+    """What is traced for the graphs of `module`: the module, or one for single images that shares its weights."""
+    return FrameVae(module) if isinstance(module, AutoencoderKLQwenImage) else module
+
+
+def _seen(vae: Any, images: torch.Tensor) -> torch.Tensor:
+    """Images as `vae` takes them: of a video's VAE, [B, C, 1, H, W]."""
+    return images[:, :, None] if isinstance(vae, AutoencoderKLQwenImage) else images
+
+
+def _image(tensor: torch.Tensor) -> torch.Tensor:
+    """The only frame of a video, [B, C, H, W]."""
+    return tensor[:, :, 0] if tensor.ndim == 5 else tensor
 
 
 def denoiser_part(name: str, module: Any, calls: list[Tensors], structure: Mapping[str, Any]) -> Part:

@@ -55,6 +55,11 @@ class Calls:
         """The non-tensor arguments that had different values."""
         return [name for name, seen in self.settings.items() if len(seen) > 1]
 
+    @property
+    def has_images(self) -> bool:
+        """Whether it is a text encoder that was called with images, too."""
+        return isinstance(self.structure.get("pixel_values"), torch.Tensor)
+
     def all(self) -> list[Tensors]:
         """One call per size, only of calls with the same tensors as the first."""
         names = set(flatten(self.structure))
@@ -125,7 +130,8 @@ class Recorder:
         function = getattr(vae, method)
 
         def wrapped(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._add(part, {_NAMES[part]: tensor})
+            # A video's VAE takes an image as a video of one frame, and its graph the image.
+            self._add(part, {_NAMES[part]: tensor[:, :, 0] if tensor.ndim == 5 else tensor})
             return function(tensor, *args, **kwargs)
 
         setattr(vae, method, wrapped)

@@ -95,17 +95,27 @@ def most_memory(execution: Execution, device: str) -> int | None:
     return None if most == float("inf") else int(most)
 
 
+def widths_of(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The channels of a VAE's blocks, from full size to the latents' size; empty if its configuration does not say."""
+    # AutoencoderKLQwenImage has multiples of a number.
+    base, widths = config.get("base_dim", 1), config.get("block_out_channels", config.get("dim_mult"))
+    if not isinstance(widths, list | tuple) or not all(isinstance(number, int) for number in (base, *widths)):
+        return ()
+    return tuple(base * width for width in widths)
+
+
 class Footprint:
     """Estimated memory of an image in a VAE, from its configuration. `scores`: attention scores are kept in memory."""
 
     def __init__(self, config: Mapping[str, Any], scores: bool) -> None:
-        widths: Any = config.get("block_out_channels")
-        known = isinstance(widths, list | tuple) and 1 < len(widths) < 16 and all(isinstance(width, int) for width in widths)
+        widths = widths_of(config)
+        known = 1 < len(widths) < 16
         self.scale = 2 ** (len(widths) - 1) if known else 8
         # A decoder upsamples to full size with the width of the block before its last.
         self._channels = max(1, widths[1]) if known else _CHANNELS
         # AutoencoderTiny has no such entry, and no attention.
-        self._scores = scores and bool(config.get("mid_block_add_attention", "down_block_types" in config))
+        has_attention = "down_block_types" in config or "dim_mult" in config
+        self._scores = scores and bool(config.get("mid_block_add_attention", has_attention))
 
     def of(self, height: int, width: int, itemsize: int) -> int:
         """Bytes that one image of `height` x `width` pixels takes, with numbers of `itemsize` bytes."""

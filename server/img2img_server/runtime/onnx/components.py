@@ -24,6 +24,7 @@ from img2img_server.runtime.common.weight_budget import within
 from img2img_server.runtime.lora.graph import AdaptedGraph, Unadapted
 from img2img_server.runtime.onnx.modules import Graph, LaterGraph, OnnxDenoiser, OnnxTextEncoder, OnnxVae, read_config
 from img2img_server.runtime.onnx.runners import CONTROL_RUNNER, LIGHT_RUNNER, LORA_RUNNER, Make
+from img2img_server.runtime.onnx.vision import TOWER, OnnxSeeingTextEncoder
 from img2img_server.runtime.schedulers import building
 
 _log = logging.getLogger(__name__)
@@ -110,6 +111,8 @@ class Components:
         if not folder.is_dir():
             return None
         if self._has_graph(name):
+            if library == "transformers" and name == "text_encoder" and self._has_graph(TOWER):
+                return OnnxSeeingTextEncoder(self._graph(name), self._graph(TOWER), folder, self.device)
             if library == "transformers":
                 return OnnxTextEncoder(self._graph(name), folder, self.device, read_config(folder) if light else None)
             return OnnxDenoiser(self._graph(name), folder, self.device, self._light_graph(name), self._control(name))

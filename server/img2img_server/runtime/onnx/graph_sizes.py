@@ -9,6 +9,7 @@ import torch
 from img2img_server.bundle.files import read_json
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common.pipe import latent_size
+from img2img_server.runtime.common.vae import widths_of
 from img2img_server.runtime.execution import Bucket
 from img2img_server.runtime.onnx.providers import ERRORS
 from img2img_server.runtime.onnx.runners import Runner, dtype_of
@@ -25,7 +26,7 @@ class Sizes:
 
     def __init__(self, bundle: Path) -> None:
         unet, vae = _config(bundle, "unet"), _config(bundle, "vae_decoder")
-        self._scale = 2 ** (len(vae.get("block_out_channels", (1,))) - 1)
+        self._scale = 2 ** max(len(widths_of(vae)) - 1, 0)
         encoders = [_config(bundle, name).get("max_position_embeddings") for name in ("text_encoder", "text_encoder_2")]
         self._tokens = next((count for count in encoders if isinstance(count, int)), None)
         sides = latent_size(unet.get("sample_size"))

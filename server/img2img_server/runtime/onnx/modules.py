@@ -167,9 +167,11 @@ class OnnxTextEncoder(OnnxModule):
 
         return ModelOutput(**self.outputs(input_ids, attention_mask))
 
-    def outputs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, Any]:
-        """The outputs for tokens, by name and in transformers' order."""
-        outputs = self._graph(input_ids=input_ids, attention_mask=attention_mask)
+    def outputs(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **more: torch.Tensor
+    ) -> dict[str, Any]:
+        """The outputs for tokens, by name and in transformers' order. `more` are other inputs of the graph."""
+        outputs = self._graph(input_ids=input_ids, attention_mask=attention_mask, **more)
         named = [name for name in outputs if name.startswith(_STATES)]
         states = {int(name.removeprefix(_STATES)): outputs.pop(name) for name in named}
         hidden = [states.get(index) for index in range(self._layers(states) + 1)] if states else []
@@ -278,7 +280,8 @@ class OnnxDenoiser(OnnxModule):
 
 
 class OnnxVae(OnnxModule):
-    """A VAE of two graphs: pixels [B, 3, H, W] in [-1, 1] to latents or a distribution of them, and back.
+    """A VAE of two graphs: pixels [B, 3, H, W] in [-1, 1] to latents or a distribution of them, and back. A video's VAE
+    (AutoencoderKLQwenImage) takes and returns videos of one frame, [B, C, 1, H, W].
 
     `bn` has the statistics of a batch norm of latents that pipelines read, if the VAE has them. A call takes at most `memory`
     bytes, None for no bound: see common/vae.py.
@@ -298,14 +301,15 @@ class OnnxVae(OnnxModule):
             max((kind.itemsize for graph in (encoder, decoder) for kind in graph.input_types.values()), default=4),
             decoder.row_buckets,
         )
+        self.temperal_downsample = self.config.get("temperal_downsample")  # Qwen-Image's pipelines read its length
 
     def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
         """Encodes pixels to an output with `latent_dist` or `latents`: see common/vae.py."""
-        return output_of(self._bounded.encode(pixels), self.config)
+        return output_of(_by_frame(self._bounded.encode, pixels), self.config)
 
     def decode(self, latents: torch.Tensor, return_dict: bool = False, generator: Any = None) -> tuple[torch.Tensor]:
         """Decodes latents, already divided by the scaling factor, to pixels."""
-        return (self._bounded.decode(latents),)
+        return (_by_frame(self._bounded.decode, latents),)
 
 
 def close_graphs(pipe: Any) -> None:
@@ -325,6 +329,11 @@ def _transformers_config(folder: Path) -> Any:
     from transformers import PretrainedConfig
 
     return PretrainedConfig.from_json_file(folder / "config.json")
+
+
+def _by_frame(function: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """The result of a function of images [B, C, H, W], which may be given as videos of one frame and is then returned as such."""
+    return function(images) if images.ndim == 4 else function(images.squeeze(2)).unsqueeze(2)
 
 
 def _denoised(sample: torch.Tensor) -> Any:
