@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cyclonedx.contrib.license.factories import LicenseFactory
 from cyclonedx.model import ExternalReference, ExternalReferenceType, HashAlgorithm, HashType, XsUri
@@ -15,11 +16,12 @@ from cyclonedx.model.bom import Bom
 from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.model.license import License
 from cyclonedx.output.json import JsonV1Dot6
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 from img2img_server.support.distribution import NAME
 from packageurl import PackageURL
 from serving_lock import EXTRAS, ROOT, needs_of, pins, read
+
+if TYPE_CHECKING:
+    from cyclonedx.validation.json import JsonStrictValidator
 
 _EPILOG = """\
 examples:
@@ -99,8 +101,11 @@ def as_json(bom: Bom) -> str:
 
 
 @functools.cache
-def _validator() -> JsonStrictValidator:
-    """The schema validator, cached since it takes a second or two to load."""
+def _validator() -> "JsonStrictValidator":
+    """The schema validator, cached and imported here, since each takes a second or two."""
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
     return JsonStrictValidator(SchemaVersion.V1_6)
 
 

@@ -169,8 +169,8 @@ def test_deadlines(folder: Path, port: str) -> None:
 
 def test_retry_when_the_server_is_full(folder: Path, port: str) -> None:
     said = run(folder, program("Retry when the server is full", p50051=port))
-    assert said.endswith(f"drawn: {list(range(12))}\n")
-    assert re.search(r"attempt \d+: QUEUE_FULL, again in \d+\.\d\d s", said), "twelve do not fit where six do"
+    assert said.endswith(f"drawn: {list(range(8))}\n")
+    assert re.search(r"attempt \d+: QUEUE_FULL, again in \d+\.\d\d s", said), "eight do not fit where six do"
 
 
 def test_edit_in_rounds_with_assets(folder: Path, port: str) -> None:

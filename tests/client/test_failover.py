@@ -42,7 +42,7 @@ from soak_parts.stand_in import STEP_SECONDS, expected, plant
 PATIENCE = 60.0
 SOURCE = png(noise((64, 64), 1))
 UNARY_STEPS, STREAM_STEPS = 4, 25
-STREAMS = 3
+STREAMS = 2
 """Callers of each client that stream; one more of each does not."""
 
 

@@ -1,6 +1,6 @@
 """The engine's work per step, arrival, cancellation and progress update does not grow with the number of waiting requests.
 
-It is counted in executed lines of the engine's code, not seconds: 1000 waiting requests may take few more than 200.
+It is counted in executed lines of the engine's code, not seconds: 500 waiting requests may take few more than 100.
 """
 
 import sys
@@ -19,7 +19,7 @@ from img2img_server.engine.request import Event, Plan, Request, Ticket
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.warmup import WarmUp
 
-FEW, MANY = 200, 1000
+FEW, MANY = 100, 500
 STEP = 0.005
 """Seconds of a call."""
 _PACKAGE = str(Path(img2img_server.engine.__file__).parent)

@@ -64,8 +64,8 @@ _MOST_REQUESTS = 100_000
 """Ray's maximum of requests per replica: practically no limit, because the engine has its own, with better errors."""
 _HEALTH_EVERY = 2.0
 _POLL = 0.1
-_STARTS = 3
-"""Attempts to start a cluster: Ray fails if its agents take more than 15 seconds, as on a busy machine."""
+_STARTS = 10
+"""Attempts to start a cluster: Ray gives up if its processes are not ready after 30 seconds, as on a busy machine."""
 _TRANSPORT: dict[str, Any] = {
     "_by_reference": False,
     "request_serialization": "pickle",
