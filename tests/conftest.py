@@ -38,7 +38,7 @@ if "TESTS_WITH_OPENVINO" not in os.environ:
 DEMO_MODEL = REPOSITORY / "demo" / "model"
 WITH_PREVIEWS = ("sd1", "sdxl", "flux-dev", "demo")
 """Bundles for which the export fits a preview."""
-COMPARED = ("sd1", "kandinsky22", "demo")
+COMPARED = ("sd1", "kandinsky22")
 """Bundles for which the export compares all its images; for the others it compares two."""
 WITHOUT_FURTHER_GRAPHS = (
     *("chroma", "flux", "flux-fill", "flux2", "if", "kolors", "lcm", "pix2pix", "sd-inpaint", "sd-masked", "sd-tiny-vae"),
