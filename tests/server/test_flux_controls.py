@@ -15,7 +15,7 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxTransformer2DModel,
 )
-from drawing import alone, companions, load, together
+from drawing import Counted, alone, companions, load, together
 from fakes import make_request
 from img2img_export.verify.images import sample_image
 from img2img_server.bundle.adapter_files import LoraFiles
@@ -25,6 +25,7 @@ from img2img_server.engine.cache import Cache
 from img2img_server.engine.request import ControlUse, LoraUse, Mask, Request
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.companions import Companions
+from img2img_server.runtime.control.nets import FluxControlNet
 from img2img_server.runtime.control.residuals import Called, layout, of_flux
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
@@ -36,6 +37,7 @@ from PIL import Image, ImageOps
 Get = Callable[[str], Path]
 Mix = tuple[tuple[str, float, float, float, int | None], ...]
 """The controls of a request: the ControlNet's letter, scale, start, end and mode."""
+Size = tuple[int, int]
 
 MODEL, BUNDLE = "flux-dev", "flux-dev:fp32:controls"
 SETTINGS: dict[str, Any] = {"prompt": "a lake", "strength": 0.8, "num_inference_steps": 5, "guidance_scale": 5.0}
@@ -51,19 +53,21 @@ MIXES: tuple[Mix, ...] = (
 )
 
 
-def image_of(letter: str) -> Image.Image:
+def image_of(letter: str, size: Size = (64, 64)) -> Image.Image:
     """A control image of each ControlNet."""
-    image = sample_image(64, 64)
-    return ImageOps.invert(image) if letter in "ax" else image.transpose(Image.Transpose.ROTATE_90)
+    image = sample_image(*size)
+    return ImageOps.invert(image) if letter in "ax" else image.transpose(Image.Transpose.ROTATE_180)
 
 
-def controls(mix: Mix) -> tuple[ControlUse, ...]:
-    return tuple(ControlUse(name, image_of(name), scale, start, end, mode=mode) for name, scale, start, end, mode in mix)
+def controls(mix: Mix, size: Size = (64, 64)) -> tuple[ControlUse, ...]:
+    return tuple(ControlUse(name, image_of(name, size), scale, start, end, mode=mode) for name, scale, start, end, mode in mix)
 
 
-def requests(mixes: Sequence[Mix] = MIXES) -> list[Request]:
-    image = sample_image(64, 64)
-    return [make_request(image=image, seeds=(5 + i,), controls=controls(mix), **SETTINGS) for i, mix in enumerate(mixes)]
+def requests(mixes: Sequence[Mix] = MIXES, sizes: Sequence[Size] = ((64, 64),) * len(MIXES)) -> list[Request]:
+    return [
+        make_request(image=sample_image(*size), seeds=(5 + i,), controls=controls(mix, size), **SETTINGS)
+        for i, (mix, size) in enumerate(zip(mixes, sizes, strict=False))
+    ]
 
 
 @pytest.fixture
@@ -86,7 +90,7 @@ def oracle(tiny_model: Get, tiny_controlnet: Get) -> Callable[..., np.ndarray]:
             models[letter] = FluxControlNetModel.from_pretrained(tiny_controlnet(f"{MODEL}-{letter}"))
         return models[letter]
 
-    def draw(mix: Mix, seed: int, mask: Image.Image | None = None, lora: Path | None = None) -> np.ndarray:
+    def draw(mix: Mix, seed: int, mask: Image.Image | None = None, lora: Path | None = None, size: Size = (64, 64)) -> np.ndarray:
         given: dict[str, Any] = {}
         kind: Any = FluxImg2ImgPipeline
         parts: dict[str, Any] = {}
@@ -95,7 +99,7 @@ def oracle(tiny_model: Get, tiny_controlnet: Get) -> Callable[..., np.ndarray]:
             nets = [model(letter) for letter, *_ in mix]
             parts = {"controlnet": nets if len(nets) > 1 else nets[0]}
             names = ("control_image", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
-            values = [(image_of(letter), *numbers[:3], numbers[3]) for letter, *numbers in mix]
+            values = [(image_of(letter, size), *numbers[:3], numbers[3]) for letter, *numbers in mix]
             for name, own in zip((*names, "control_mode"), zip(*values, strict=True), strict=True):
                 given[name] = list(own) if len(mix) > 1 else own[0]
         if mask is not None:
@@ -105,7 +109,7 @@ def oracle(tiny_model: Get, tiny_controlnet: Get) -> Callable[..., np.ndarray]:
         if lora is not None:
             pipe.load_lora_weights(lora.parent, weight_name=lora.name)
         generator = torch.Generator().manual_seed(seed)
-        drawn = pipe(image=sample_image(64, 64), width=64, height=64, generator=generator, **given, **SETTINGS)
+        drawn = pipe(image=sample_image(*size), width=size[0], height=size[1], generator=generator, **given, **SETTINGS)
         return np.asarray(drawn.images[0], int)
 
     return draw
@@ -124,6 +128,28 @@ def test_mixed_batch_matches_diffusers(bundle: Get, nets: Callable[[str], Compan
         silent = tuple(dataclasses.replace(use, scale=0.0) for use in request.controls)
         unmoved = alone(pipeline, dataclasses.replace(request, controls=silent))
         assert not request.controls or np.abs(image - unmoved).mean() > 1, "a control that changes nothing would prove nothing"
+
+
+def test_portrait_and_landscape_images_with_controls_share_calls(
+    bundle: Get, nets: Callable[[str], Companions], oracle: Callable[..., np.ndarray]
+) -> None:
+    """Also those of ControlNets that read latents; one that reads pixels is called for each size. Each request draws the bits
+    that it draws alone."""
+    known = nets("ax")
+    pipeline = load(bundle(BUNDLE), known)
+    mixes, sizes = [MIXES[1], MIXES[1], MIXES[4], MIXES[4], ()], [(96, 64), (64, 96), (96, 64), (64, 96), (64, 96)]
+    batch = requests(mixes, sizes)
+    assert len({pipeline.plan(request).shape for request in batch}) == 1
+    counted = {}
+    for letter in "ax":
+        graph: Any = known.get(letter, FluxControlNet)._graph
+        counted[letter] = graph._runner = Counted(graph._runner, "hidden_states")
+    drawn = together(pipeline, batch)
+    assert counted["a"].rows == [2] * 4
+    assert set(counted["x"].rows) == {1}
+    for index, (request, image) in enumerate(zip(batch, drawn, strict=True)):
+        assert np.abs(image - oracle(mixes[index], 5 + index, size=sizes[index])).max() <= 1, index
+        assert np.array_equal(image, alone(pipeline, request)), index
 
 
 def test_controls_of_masked_requests_match_diffusers(
