@@ -16,6 +16,7 @@ from img2img_server.errors import BundleError, InvalidField, ServerError
 from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxTextEncoder, OnnxVae
 from img2img_server.runtime.onnx.providers import ERRORS
 from img2img_server.runtime.onnx.runners import Runner
+from img2img_server.support.device_lock import measuring
 
 STEP = "step"
 """The name of a whole step in results, beside those of the components."""
@@ -226,7 +227,8 @@ def cases_of(
                 continue
             note(f"warming up: {where}")
             try:
-                found = [*_parts(provider, pipeline, size, count), _step(provider, pipeline, size, count)]
+                with measuring():  # opens the graphs
+                    found = [*_parts(provider, pipeline, size, count), _step(provider, pipeline, size, count)]
             except FAILURES as error:
                 note(f"{where}: skipped: {type(error).__name__}: {error}")
                 continue
