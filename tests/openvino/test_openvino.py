@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from img2img_server.bundle.manifest import Component, Manifest, Verification, read_manifest
@@ -34,6 +35,7 @@ from img2img_server.runtime.providers import openvino
 from img2img_server.runtime.providers.buckets import BucketRunner, LaterRunner
 from img2img_server.runtime.providers.openvino import Compiler, Graphs
 from img2img_server.support.device_lock import measuring
+from onnx import TensorProto, helper
 from PIL import Image
 
 Axes = dict[str, list[str | int]]
@@ -453,6 +455,25 @@ def test_the_graph_for_any_shape_is_right_after_a_call_of_one_place(
         }
         (expected,), (result,) = exact.run(feed), runner.run(feed)
         torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_outputs_have_the_names_of_the_file_also_those_that_the_graph_uses_itself(tmp_path: Path) -> None:
+    """As the hidden states of a text encoder: of the names of such an output OpenVINO gives the first in the alphabet."""
+    nodes = [
+        helper.make_node("Sin", ["x"], ["/inner"]),
+        helper.make_node("Identity", ["/inner"], ["states"]),
+        helper.make_node("Cos", ["/inner"], ["last"]),
+    ]
+    x, *outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 4]) for name in ("x", "states", "last")]
+    model = helper.make_model(helper.make_graph(nodes, "states", [x], outputs), opset_imports=[helper.make_opsetid("", 18)])
+    onnx.save(model, tmp_path / "model.onnx")
+    values = torch.linspace(-1, 1, 8).reshape(2, 4)
+    for shapes in (None, {"x": (2, 4)}):
+        runner = Compiler(1, "f32")(tmp_path / "model.onnx", shapes)
+        assert [item.name for item in runner.outputs] == ["states", "last"]
+        states, last = runner.run({"x": values})
+        assert torch.allclose(states, values.sin(), atol=1e-5)
+        assert torch.allclose(last, values.sin().cos(), atol=1e-5)
 
 
 def test_results_are_not_overwritten_by_the_next_run(bundle: Callable[[str], Path]) -> None:

@@ -83,13 +83,14 @@ class Port:
 
 
 class OpenVinoRunner:
-    """A compiled graph with inputs and outputs on the CPU. One call at a time: it uses all threads."""
+    """The compiled graph of a `model` with inputs and outputs on the CPU. One call at a time: it uses all threads."""
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, model: Any) -> None:
         self._request = compiled.create_infer_request()
         self._lock = threading.Lock()
-        self.inputs: Sequence[Any] = [_port(item) for item in compiled.inputs]
-        self.outputs: Sequence[Any] = [_port(item) for item in compiled.outputs]
+        # An output that a compiled graph also uses itself has several names there.
+        self.inputs: Sequence[Any] = [_port(item) for item in model.inputs]
+        self.outputs: Sequence[Any] = [_port(item) for item in model.outputs]
 
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Runs the graph on CPU tensors. The results are copies."""
@@ -139,7 +140,7 @@ class Compiler:
             if shapes:
                 model.reshape({name: list(shape) for name, shape in shapes.items()})
             settings = self._settings if shapes else self._any_shape
-            return OpenVinoRunner(openvino_core().compile_model(model, "CPU", settings))
+            return OpenVinoRunner(openvino_core().compile_model(model, "CPU", settings), model)
         except RuntimeError as error:
             raise BundleError(f"{graph} does not compile in OpenVINO: {_last_line(error)}") from error
 
