@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("gpu")
 
 
 @pytest.mark.parametrize(
-    "name", nightly_but(["flux", "flux-dev", "sd3", "sd3-no-t5", "kontext", "flux2", "klein"], "flux", "sd3", "klein")
+    "name", nightly_but(["flux", "flux-dev", "sd3", "sd3-no-t5", "kontext", "flux2", "klein", "zimage"], "flux", "sd3", "klein")
 )
 def test_a_transformer_opens_and_runs(
     name: str, bundle: Callable[[str], Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -46,6 +46,20 @@ def test_a_transformer_opens_and_runs(
     assert [image.mode for (image,) in pipeline.finish(states)] == ["RGB"] * 3
     for state in states:
         pipeline.release(state)
+
+
+def test_a_text_encoder_that_sees_images_runs(bundle: Callable[[str], Path]) -> None:
+    """Not its pipeline, which reads numbers back that no kernel has computed."""
+    folder = bundle("qwenimage-edit")
+    pipeline: Any = load_pipeline(folder, read_manifest(folder), Execution("cuda", 1), Cache(0))
+    encoder = pipeline._pipe.text_encoder
+    for height, width in ((4, 6), (10, 12)):
+        ids = torch.full((1, 9 + height * width // 4), encoder.config.image_token_id)
+        asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(height * width, 1176),
+                 "image_grid_thw": torch.tensor([[1, height, width]])}  # fmt: skip
+        (*others, last) = encoder(**{name: value.to("cuda") for name, value in asked.items()}).hidden_states
+        assert not any(state is not None for state in others)
+        assert (last.device.type, last.shape[:2]) == ("cuda", ids.shape)
 
 
 @pytest.mark.parametrize(
