@@ -431,6 +431,17 @@ def test_float32_images_match_the_cpu_provider(
         assert _difference(pipeline, exact, request) <= 1
 
 
+def test_a_models_text_encoder_that_is_a_language_model_runs(bundle: Callable[[str], Path]) -> None:
+    """As on the CPU provider, with all other graphs."""
+    path = bundle("klein")
+    pipelines = [
+        load_pipeline(path, read_manifest(path), Execution(provider, arithmetic="fp32", threads=1))
+        for provider in ("cpu", "openvino")
+    ]
+    assert [pipeline.engine for pipeline in pipelines] == ["onnx:cpu", "onnx:openvino"]
+    assert _difference(*pipelines, _request(64)) <= 1
+
+
 def _latents(decoder: Runner) -> torch.Tensor:
     """Random latents of 8 x 8, with the decoder's number of channels."""
     return torch.randn(1, decoder.inputs[0].shape[1], 8, 8, generator=torch.Generator().manual_seed(1))
