@@ -95,8 +95,9 @@ class WarmUp:
 
     def _measured(self, name: str, pipeline: Pipeline, limit: int, full: list[tuple[int, int]]) -> Measured:
         requests = [_request(name, size) for size in _measured_sizes(pipeline)]
-        for request in requests:
-            pipeline.plan(request)  # opens the graphs, which is not measured
+        if self._budget > 0:
+            for request in requests:
+                pipeline.plan(request)  # opens the graphs, which is not measured
         end = self._clock() + self._budget
         batches: list[_Batch] = []
         for request in requests:
