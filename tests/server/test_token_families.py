@@ -14,9 +14,11 @@ from covering import nightly_but
 from fakes import make_request
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.engine.request import Request, run_alone
+from img2img_server.runtime.common import rotary
 from img2img_server.runtime.diffusion.preview import draw
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.onnx.token_graphs import MARK, FluxTokens
 from PIL import Image
 
 FAMILIES = {
@@ -185,3 +187,33 @@ def test_models_of_graphs_have_no_weights_in_pytorch(name: str, bundle: Callable
     assert len(modules) >= 3
     assert not [weight.shape for part in modules for weight in (*part.parameters(), *part.buffers())]
     assert not list(bundle(name).rglob("*.safetensors"))
+
+
+def test_rotary_tables_are_made_once_for_equal_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flux Fill's loop in diffusers passes the same position ids at every step, as float32."""
+    made, table = [], rotary.Rotary.table
+
+    def counted(self: rotary.Rotary, positions: rotary.Positions, dims: Any) -> np.ndarray:
+        made.append(len(positions))
+        return table(self, positions, dims)
+
+    monkeypatch.setattr(rotary.Rotary, "table", counted)
+    tokens = FluxTokens({"axes_dims_rope": (4, 4, 8), "guidance_embeds": False})
+
+    def inputs(text: int, sizes: list[rotary.Size], number: type = np.float32) -> Any:
+        ids = [torch.from_numpy(part.astype(number)) for part in rotary.flux_positions(text, sizes)]
+        return tokens.inputs(
+            {"hidden_states": torch.zeros(2, len(ids[1]), 4), **dict(zip(("txt_ids", "img_ids"), ids, strict=True))}
+        )
+
+    wide = inputs(8, [(4, 6)])
+    assert torch.equal(inputs(8, [(4, 6)])[MARK], wide[MARK])
+    assert made == [8, 24]
+    tall = inputs(8, [(6, 4)])
+    assert tall[MARK].shape == wide[MARK].shape
+    assert not torch.equal(tall[MARK], wide[MARK])
+    assert inputs(4, [(4, 6)], np.int64)["text_rotary"].shape[1] == 4, "zeros of the same bytes as 8 positions in float32"
+    assert made == [8, 24, 8, 24, 4, 24]
+    for side in range(1, 40):
+        inputs(8, [(side, 1)])
+    assert len(tokens._tables) <= 16

@@ -43,7 +43,7 @@ class TokenGraph:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
         self._dims = tuple(config[self._axes])
-        self._tables: dict[tuple[int, tuple[Size, ...]], Tensors] = {}
+        self._tables: dict[tuple[object, ...], Tensors] = {}
 
     def inputs(self, call: Mapping[str, Any]) -> Tensors:
         """The graph's inputs for a call of diffusers' class with these arguments, by name."""
@@ -56,17 +56,19 @@ class TokenGraph:
     def conditions(self, text: torch.Tensor, sizes: Sequence[Size]) -> Tensors:
         """The inputs of one row that stay the same at every step: for a text's embedding [T, D], and the sizes of an image and
         its references."""
-        key = len(text), tuple(sizes)
-        if key not in self._tables:
+        return {"encoder_hidden_states": text[None], **self._tables_of(*self._positions(len(text), sizes))}
+
+    def _tables_of(self, *positions: Positions) -> Tensors:
+        """The rotary tables of a row whose text's and image's tokens are at these positions, [1, tokens, 2, head / 2]. Kept:
+        diffusers' own loops (Flux Fill) pass the same positions at every step."""
+        key = tuple((part.shape, part.dtype.str, part.tobytes()) for part in positions)
+        found = self._tables.get(key)
+        if found is None:
             if len(self._tables) >= _MOST_TABLES:
                 self._tables.clear()
-            self._tables[key] = self.tables(*self._positions(*key))
-        return {"encoder_hidden_states": text[None], **self._tables[key]}
-
-    def tables(self, text: Positions, image: Positions) -> Tensors:
-        """The rotary tables of a row whose tokens are at these positions, [1, tokens, 2, head / 2]."""
-        parts = {"text_rotary": text, "image_rotary": image}
-        return {name: torch.from_numpy(self._rotary.table(part, self._dims))[None] for name, part in parts.items()}
+            tables = (torch.from_numpy(self._rotary.table(part, self._dims))[None] for part in positions)
+            found = self._tables[key] = dict(zip(("text_rotary", MARK), tables, strict=True))
+        return found
 
 
 class FluxTokens(TokenGraph):
@@ -80,7 +82,7 @@ class FluxTokens(TokenGraph):
         # diffusers uses the first row's positions for all rows.
         text, image = (call[name].reshape(-1, *call[name].shape[-2:])[0].cpu().numpy() for name in ("txt_ids", "img_ids"))
         rows = len(call["hidden_states"])
-        tables = {name: table.expand(rows, -1, -1, -1) for name, table in self.tables(text, image).items()}
+        tables = {name: table.expand(rows, -1, -1, -1) for name, table in self._tables_of(text, image).items()}
         names = ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"]
         if self._config["guidance_embeds"]:
             names.append("guidance")
