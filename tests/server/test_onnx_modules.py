@@ -73,6 +73,7 @@ class Recorder:
         self.scalars = frozenset(scalars)
         self.row_buckets: tuple[int, ...] = ()
         self.input_types: dict[str, torch.dtype] = {}
+        self.outputs: Sequence[str] = ("out",)
         self.given: dict[str, torch.Tensor] = {}
 
     def __call__(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -136,11 +137,34 @@ def test_text_encoder_outputs_are_in_transformers_order(tmp_path: Path) -> None:
         def __call__(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
             return {name: torch.tensor(float(index)) for index, name in enumerate(names)}
 
-    encoder = OnnxTextEncoder(Encoder(), tmp_path)  # type: ignore[arg-type]
+    graph: Any = Encoder()
+    graph.outputs = names
+    encoder = OnnxTextEncoder(graph, tmp_path)
     outputs = encoder(torch.ones(2, 4, dtype=torch.int64), output_hidden_states=True)
     assert (outputs[0], outputs[1]) == (outputs.last_hidden_state, outputs.pooler_output) == (1.0, 0.0)
     assert outputs.hidden_states == (2.0, 3.0)
     assert (encoder.config.projection_dim, encoder.dtype) == (5, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, not a number up to 10000"),
+        ({"text_config": {"num_hidden_layers": "9"}}, "num_hidden_layers is '9'"),
+        ({"text_config": 9}, "num_hidden_layers is None"),
+        ({"num_hidden_layers": 8}, "has 'hidden_states.9', and its config.json has 8 layers"),
+        ({}, "has 'hidden_states.9'"),
+    ],
+)
+def test_a_text_encoder_has_at_least_the_layers_of_its_states_and_no_absurd_number(
+    tmp_path: Path, config: dict[str, Any], problem: str
+) -> None:
+    """The tuple of hidden states has an entry for each layer of the configuration."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    graph: Any = Recorder()
+    graph.outputs = ["hidden_states.9"]
+    with pytest.raises(BundleError, match=problem):
+        OnnxTextEncoder(graph, tmp_path)
 
 
 @pytest.mark.parametrize("make", [OnnxTextEncoder, OnnxDenoiser, OnnxVae])

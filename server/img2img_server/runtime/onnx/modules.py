@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 
 from img2img_server.bundle.controls import DOWN
+from img2img_server.bundle.files import MOST_LAYERS
 from img2img_server.bundle.speedups import FEATURES
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common.device_copy import send
@@ -53,7 +54,7 @@ class Graph:
         self._runner = runner
         self._device = torch.device(device)
         self.input_types = {item.name: dtype_of(item) for item in runner.inputs}
-        self._outputs = [item.name for item in runner.outputs]
+        self.outputs = [item.name for item in runner.outputs]
         self.row_buckets: Sequence[int] = getattr(runner, "row_buckets", ())
         """Numbers of rows that calls are padded to, ascending; empty if calls are not padded."""
         self.scalars = frozenset(item.name for item in runner.inputs if not item.shape)
@@ -71,7 +72,7 @@ class Graph:
         return feed, next(iter(given.values())).device
 
     def _found(self, outputs: Sequence[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-        named = zip(self._outputs, outputs, strict=True)
+        named = zip(self.outputs, outputs, strict=True)
         return {name: send(value, device, torch.float32 if value.is_floating_point() else None) for name, value in named}
 
     def _ready(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -147,12 +148,14 @@ class OnnxTextEncoder(OnnxModule):
     """A text encoder (CLIP, T5, a language model): token ids [B, T] to its outputs in transformers' order, with the hidden states
     as a tuple, in which those that the graph does not have are None.
 
-    `config` is None for transformers' own configuration object, which diffusers' pipelines may expect.
+    `config` is None for transformers' own configuration object, which diffusers' pipelines may expect. Raises BundleError if the
+    configuration lacks the layers of the graph's hidden states.
     """
 
     def __init__(self, graph: Graph, folder: Path, device: str = "cpu", config: Any = None) -> None:
         super().__init__(_transformers_config(folder) if config is None else config, device)
         self._graph = graph
+        self._states = _state_names(graph.outputs, self.config, folder)
 
     def forward(
         self,
@@ -172,17 +175,10 @@ class OnnxTextEncoder(OnnxModule):
     ) -> dict[str, Any]:
         """The outputs for tokens, by name and in transformers' order. `more` are other inputs of the graph."""
         outputs = self._graph(input_ids=input_ids, attention_mask=attention_mask, **more)
-        named = [name for name in outputs if name.startswith(_STATES)]
-        states = {int(name.removeprefix(_STATES)): outputs.pop(name) for name in named}
-        hidden = [states.get(index) for index in range(self._layers(states) + 1)] if states else []
+        hidden = tuple(outputs.pop(name, None) for name in self._states)
         # Pipelines access some outputs by index.
         ordered: dict[str, Any] = {name: outputs.pop(name) for name in _TEXT_OUTPUTS if name in outputs} | outputs
-        return ordered | ({"hidden_states": tuple(hidden)} if hidden else {})
-
-    def _layers(self, states: Mapping[int, torch.Tensor]) -> int:
-        """The number of layers of the module, of which a language model's graph may lack the last ones."""
-        config: Any = self.config if isinstance(self.config, Mapping) else self.config.to_dict()
-        return int(config.get("text_config", config).get("num_hidden_layers", max(states)))
+        return ordered | ({"hidden_states": hidden} if hidden else {})
 
 
 class OnnxDenoiser(OnnxModule):
@@ -329,6 +325,22 @@ def _transformers_config(folder: Path) -> Any:
     from transformers import PretrainedConfig
 
     return PretrainedConfig.from_json_file(folder / "config.json")
+
+
+def _state_names(outputs: Sequence[str], config: Any, folder: Path) -> list[str]:
+    """The names of all hidden states of a text encoder, of which a language model's graph may lack some; empty if it has none."""
+    found = [name for name in outputs if name.startswith(_STATES)]
+    if not found:
+        return []
+    known: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+    of_text = known.get("text_config", known)
+    layers = of_text.get("num_hidden_layers", len(found) - 1) if isinstance(of_text, Mapping) else None
+    if not isinstance(layers, int) or layers > MOST_LAYERS:
+        raise BundleError(f"{folder / 'config.json'}: num_hidden_layers is {layers!r}, not a number up to {MOST_LAYERS}")
+    names = [f"{_STATES}{index}" for index in range(layers + 1)]
+    if missing := set(found) - set(names):
+        raise BundleError(f"{folder}: the graph has '{min(missing)}', and its config.json has {layers} layers")
+    return names
 
 
 def _by_frame(function: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
