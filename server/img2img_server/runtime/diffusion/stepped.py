@@ -277,13 +277,9 @@ class SteppedPipeline(ABC):
         if not self._preview_weights:
             return [None] * len(states)
         originals = [state.original() for state in states]
-        known = [
-            self._unpacked(original, state.request)
-            for original, state in zip(originals, states, strict=True)
-            if original is not None
-        ]
+        known = [self._unpacked(one, state.request) for one, state in zip(originals, states, strict=True) if one is not None]
         drawn = iter(preview.draw(torch.cat(known), self._preview_weights) if known else ())
-        return [None if original is None else next(drawn) for original in originals]
+        return [None if one is None else next(drawn) for one in originals]
 
     @torch_call
     def finish(self, states: Sequence[DiffusionState]) -> Sequence[Sequence[Image.Image]]:
