@@ -44,7 +44,7 @@ def test_any_number_of_tokens_is_taken(bundle: Callable[[str], Path]) -> None:
     """The tracer knows the operator's result only by its size in the example."""
     (transformer,) = [part for part in read_manifest(bundle("flux-dev")).components if part.name == "transformer"]
     random = np.random.default_rng(1)
-    sizes = {"batch_size": 1, "step": 1, "packed_height_width": 700, "sequence_length": 90}
+    sizes = {"batch_size": 1, "image_tokens": 700, "text_tokens": 90}
     shapes = {item.name: [size if isinstance(size, int) else sizes[size] for size in item.shape] for item in transformer.inputs}
     inputs = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     folder = bundle("flux-dev") / "transformer"
