@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,3 +197,13 @@ def test_unsupported_reference_is_refused_and_named_by_its_index(load: Load) -> 
     with pytest.raises(InvalidField, match="this model does not take the image: Image too small") as raised:
         pipeline.plan(asked(pipeline, SizeRule(64, 64), [source(64, 64), source(72, 72), source(40, 64)]))
     assert raised.value.field == "reference_images[1]"
+
+
+def test_a_plan_opens_graphs_for_the_result_and_all_images_that_the_model_sees(load: Load) -> None:
+    """Not during a step of other requests (OpenVINO's are opened when needed)."""
+    pipeline: Any
+    pipeline, _ = load("klein")
+    opened = set()
+    pipeline._opening = [SimpleNamespace(open_for=lambda *size: opened.add(size))]
+    pipeline.plan(asked(pipeline, SizeRule(64, 96), [source(96, 64), source(80, 112)]))
+    assert opened == {(64, 96), (96, 64), (80, 112)}

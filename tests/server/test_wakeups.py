@@ -1,16 +1,23 @@
 """A request wakes the server's event loop few times, however many steps it has: the loop's callbacks are counted, not seconds."""
 
 import asyncio
+import gc
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
+from fakes import FakePipeline, make_request
 from img2img_client import Client
+from img2img_server.api.parsing import Parser
 from img2img_server.codecs import pool
 from img2img_server.codecs.pool import _Guard
 from img2img_server.codecs.process import CodecProcess
+from img2img_server.config import ServerConfig
+from img2img_server.engine.request import Plan, Request
 from PIL import Image
 from running import running_backend
 from simulated_device import simulated
@@ -92,3 +99,38 @@ async def test_a_job_that_begins_after_its_caller_has_left_is_killed(monkeypatch
     for _ in range(5):
         await asyncio.sleep(0)
     assert process.kills == 1
+
+
+async def test_a_pipeline_plans_a_new_kind_of_request_on_a_thread_of_its_own() -> None:
+    """The first one can take long: OpenVINO opens graphs in it. A pipeline may have the address of one that was unloaded."""
+    unused: Any = None
+    parser, threads = Parser(ServerConfig(), unused, time.monotonic, unused), []
+
+    class Noting(FakePipeline):
+        def plan(self, request: Request) -> Plan:
+            threads.append(threading.current_thread())
+            return super().plan(request)
+
+    async def is_on_this_thread(pipeline: FakePipeline, request: Request) -> bool:
+        await parser._plan(pipeline, request)
+        return threads[-1] is threading.current_thread()
+
+    pipeline = Noting()
+    small, large = (Image.new("RGB", (side, side)) for side in (64, 96))
+    same_size: dict[str, Any] = {"size": (64, 64)}
+    requests = [
+        make_request(image=small, **same_size),
+        make_request(image=large, **same_size),
+        make_request(image=small, references=(large,), **same_size),
+    ]
+    for request in requests:
+        assert not await is_on_this_thread(pipeline, request)
+        assert await is_on_this_thread(pipeline, request)
+    address = id(pipeline)
+    del pipeline
+    gc.collect()
+    others = []
+    while id(others[-1] if others else None) != address:
+        assert len(others) < 10_000, "the address is used again"
+        others.append(Noting())
+    assert not await is_on_this_thread(others[-1], requests[0])

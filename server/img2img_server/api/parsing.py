@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 from img2img.v1 import image_to_image_pb2 as pb
 
@@ -99,8 +100,8 @@ class Parser:
         self._controls = Controls(sources, codecs, config.image_limits)
         self._prompts = ImagePrompts(sources, codecs, config.image_limits, config.sources.http_seconds)
         self._threads = FairThreads(_PLANNING, "img2img-plan")
-        # Of requests that were planned. An address may be of a later pipeline: its first plan is slow, once.
-        self._planned: set[Hashable] = set()
+        # Of requests that were planned. Not by a pipeline's address, which may be that of a later one.
+        self._planned: WeakKeyDictionary[Pipeline, set[Hashable]] = WeakKeyDictionary()
         self._loras = LoraFiles(config.loras.folder)
         self._adapters = ImageAdapterFiles(config.image_adapters.folder)
 
@@ -234,13 +235,15 @@ class Parser:
     async def _plan(self, pipeline: Pipeline, request: Request) -> Plan:
         """Plans a request, as the engine will again. The slow part of it is cached here, off the engine's and the event loop's
         threads. If one like it was planned before, there is no slow part, and no thread that would wake the event loop."""
-        kind = id(pipeline), request.scheduler, request.num_inference_steps, request.strength, request.size, request.fidelity
-        if kind in self._planned and not (request.loras or request.controls or request.image_prompts):
+        planned = self._planned.setdefault(pipeline, set())
+        numbers = request.scheduler, request.num_inference_steps, request.strength, request.fidelity
+        kind = *numbers, request.size, request.image.size, tuple(image.size for image in request.references)
+        if kind in planned and not (request.loras or request.controls or request.image_prompts):
             return pipeline.plan(request)
         plan = await self._threads.run(pipeline.plan, request)
-        if len(self._planned) >= _MOST_PLANNED:
-            self._planned.clear()
-        self._planned.add(kind)
+        if len(planned) >= _MOST_PLANNED:
+            planned.clear()
+        planned.add(kind)
         return plan
 
     async def _mask(self, message: pb.TransformRequest, rule: images.MaskRule, size: tuple[int, int]) -> Mask:

@@ -44,7 +44,7 @@ _TRIES = 3
 """Replicas to try with a query for a model, if the previous one is lost."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class RemotePipeline:
     """The properties of a replica's pipeline that parsing requests needs. Has the attributes of Pipeline and `plan`; the other
     methods are only called by an engine."""

@@ -140,7 +140,7 @@ class SteppedPipeline(ABC):
         self._controls.check(request)
         self._image_prompts.check(request)
         for module in self._opening:
-            module.open_for(*request.image.size)
+            module.open_for(*request.result_size)
         images, is_guided = len(request.seeds), self._is_guided(request)
         shape, pixels = self._shape(request)
         scheduler, chosen = self._scheduled(request)

@@ -48,6 +48,10 @@ class TokenPipeline(SteppedPipeline):
     def plan(self, request: Request) -> Plan:
         """As of every family. Raises InvalidField for an image that the model does not take."""
         check_sources(self._pipe, request)
+        for size in self._sizes(request)[1:]:
+            height, width = (side * self.size_multiple for side in size)
+            for module in self._opening:
+                module.open_for(width, height)
         return super().plan(request)
 
     def preview(self, states: Sequence[DiffusionState]) -> Sequence[Image.Image | None]:
