@@ -129,7 +129,7 @@ async def test_a_pipeline_plans_a_new_kind_of_request_on_a_thread_of_its_own() -
     address = id(pipeline)
     del pipeline
     gc.collect()
-    others = []
+    others: list[Noting] = []
     while id(others[-1] if others else None) != address:
         assert len(others) < 10_000, "the address is used again"
         others.append(Noting())
