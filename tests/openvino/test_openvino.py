@@ -284,6 +284,15 @@ def test_graphs_whose_first_axis_is_fixed_are_not_divided(folder: Path) -> None:
         assert (graph.calls, fixed.calls) == calls
 
 
+def test_each_configured_shape_of_a_graph_whose_first_axis_is_fixed_has_its_graph(folder: Path) -> None:
+    """Opened at start: calls for other numbers of rows cannot be divided."""
+    compiler = FakeCompiler(UNET | {"scale": [4]})
+    runner = _make(folder, compiler, Execution(buckets=(Bucket(64, 64, 2), Bucket(64, 64, 8))))
+    for rows, calls in ((2, [1, 0]), (8, [0, 1])):
+        assert _calls(compiler, runner, _feed(rows, 8, 8) | {"scale": torch.ones(4)})[0] == calls
+    assert compiler.rows() == [2, 8]
+
+
 @pytest.mark.parametrize(
     ("name", "inputs", "buckets", "expected"),
     [

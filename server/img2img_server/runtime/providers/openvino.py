@@ -203,7 +203,7 @@ class Graphs:
         exact: dict[Shapes, Runner] = {}
         by_size: dict[Size, RowGraphs] = {}
         made: list[Bucket] = []
-        for first, *others in self._wanted(name):
+        for first, *others in self._wanted(name, has_rows):
             shapes = self._shapes(name, inputs, first.bucket)
             if not shapes or not self._has_room(name, first):
                 continue
@@ -264,12 +264,14 @@ class Graphs:
         _log.info("%s: %s: the graph for any shape was opened in %.1f s", self._bundle.name, name, time.monotonic() - begun)
         return runner
 
-    def _wanted(self, name: str) -> "list[list[_Wanted]]":
+    def _wanted(self, name: str, has_rows: bool) -> "list[list[_Wanted]]":
         """The graphs of fixed shapes of a component, by size. The first one of each is opened at start. Each size has one of one
-        row, for a row that is left."""
+        row, for a row that is left. If a graph's first axis is not its rows, calls are not divided, and each bucket is apart."""
         native = self._sizes.native
         if name.startswith("text_encoder"):
             return []
+        if self._asked is not None and not has_rows:
+            return [[_Wanted(bucket)] for bucket in self._asked]
         if self._asked is not None:
             by_size: dict[tuple[int, int], list[_Wanted]] = {}
             for bucket in sorted(self._asked, key=lambda bucket: bucket.rows):
