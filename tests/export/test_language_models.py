@@ -28,6 +28,8 @@ from img2img_server.runtime.onnx.runners import HostRunner
 
 READ = {"klein": (9, 18, 27), "flux2": (10, 20, 30), "zimage": (1,), "qwenimage": (2,)}
 """The hidden states that diffusers' pipelines read, by tiny model."""
+with_few_layers = pytest.mark.parametrize("made", nightly_but(READ, "zimage", "qwenimage"), indirect=True, scope="module")
+"""Runs a test for the others at night only: they have 30 layers, which take ten times as long to trace."""
 
 
 def embeds(pipe: Any) -> torch.Tensor:
@@ -67,7 +69,7 @@ class Made:
         return [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True)]
 
 
-@pytest.fixture(scope="module", params=READ)
+@pytest.fixture(scope="module", params=nightly_but(READ, "klein", "zimage", "qwenimage"))
 def made(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(request.param, tiny_model(request.param), tmp_path_factory.mktemp("graph") / request.param)
 
@@ -127,6 +129,7 @@ def test_comparisons_of_an_export_have_padding_and_other_lengths_than_the_trace(
         assert max(made.errors(case.inputs)) < 1e-5, case.name
 
 
+@with_few_layers
 def test_half_precision_has_exact_rotary_frequencies_and_half_precision_products(made: Made) -> None:
     half = trace(copy.deepcopy(made.module), made.part, made.example, torch.float16)
     types = value_types(half)
@@ -139,6 +142,7 @@ def test_half_precision_has_exact_rotary_frequencies_and_half_precision_products
     assert any((value.reshape(-1) == frequencies).all() for value in same)
 
 
+@with_few_layers
 @pytest.mark.parametrize("numbers", nightly_but(["fp16:int4", "fp16:", "bf16:", "int8:", "fp32:int8"], "fp16:int4"))
 def test_each_precision_passes_the_comparisons_of_an_export(numbers: str, made: Made, tmp_path: Path) -> None:
     """With every matrix of the layers in it."""
