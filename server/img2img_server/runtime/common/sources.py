@@ -1,6 +1,7 @@
 """What a pipeline makes of a source image and of a strength, as its class has it."""
 
 import inspect
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,6 +67,17 @@ def check_sources(pipe: Any, request: Request) -> None:
             check(image)
         except ValueError as error:
             raise InvalidField(field, f"this model does not take the image: {error}") from None
+
+
+def check_texts(pipe: Any, texts: Mapping[str, str]) -> None:
+    """Raises InvalidField for a text, by the name of its field, with a token that stands for an image of a text encoder that sees
+    images: transformers refuses more tokens than images."""
+    processor = getattr(pipe, "processor", None) or getattr(pipe, "text_processor", None)
+    tokens = [getattr(processor, name, None) for name in ("image_token", "video_token")]
+    for field, text in texts.items():
+        for token in filter(None, tokens):
+            if token in text:
+                raise InvalidField(field, f"it contains {token}, which stands for an image that the model sees")
 
 
 def steps_of(pipe: Any, count: int, strength: float) -> int:

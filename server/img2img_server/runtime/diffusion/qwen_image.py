@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from img2img_server.engine.request import Plan, Request
-from img2img_server.errors import InvalidField
+from img2img_server.engine.request import Request
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.state import DiffusionState, Noise
 from img2img_server.runtime.diffusion.tokens import TrulyGuidedPipeline
@@ -63,15 +62,6 @@ class QwenImageEdit(QwenImage):
     edits = True
     scheduler_cache = EditSchedulers
     inpainting = "QwenImageEditInpaintPipeline"
-
-    def plan(self, request: Request) -> Plan:
-        """As of every family. Raises InvalidField for a text with a token that stands for an image: transformers refuses it."""
-        tokens = [getattr(self._pipe.processor, name, None) for name in ("image_token", "video_token")]
-        for field, text in self._read_texts(request).items():
-            for token in filter(None, tokens):
-                if token in text:
-                    raise InvalidField(field, f"it contains {token}, which stands for an image that the model sees")
-        return super().plan(request)
 
     def _embed(self, requests: Sequence[Request], choices: Sequence[Choice | None]) -> list[dict[str, Embedding]]:
         return [

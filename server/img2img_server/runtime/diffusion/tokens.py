@@ -18,7 +18,7 @@ from img2img_server.runtime.common.diffusers_import import diffusers
 from img2img_server.runtime.common.pipe import view_as, view_of
 from img2img_server.runtime.common.request_fields import masked_fields
 from img2img_server.runtime.common.rotary import Size
-from img2img_server.runtime.common.sources import check_sources
+from img2img_server.runtime.common.sources import check_sources, check_texts
 from img2img_server.runtime.diffusion.conditioning import Embedding, Encoded
 from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
@@ -46,8 +46,9 @@ class TokenPipeline(SteppedPipeline):
             self.fields = {**self.fields, **masked_fields(self._inpainting, self.fields)}
 
     def plan(self, request: Request) -> Plan:
-        """As of every family. Raises InvalidField for an image that the model does not take."""
+        """As of every family. Raises InvalidField for an image or a text that the model does not take."""
         check_sources(self._pipe, request)
+        check_texts(self._pipe, self._read_texts(request))
         for size in self._sizes(request)[1:]:
             height, width = (side * self.size_multiple for side in size)
             for module in self._opening:

@@ -19,7 +19,7 @@ from img2img_server.engine.request import Plan, Request, no_step
 from img2img_server.errors import InvalidField, OutOfMemory
 from img2img_server.runtime.common.pipe import SWAPPED, native_sizes, parts, size_multiple, view_of
 from img2img_server.runtime.common.request_fields import DEPENDENT, request_fields
-from img2img_server.runtime.common.sources import check_sources, source_rule, steps_of
+from img2img_server.runtime.common.sources import check_sources, check_texts, source_rule, steps_of
 from img2img_server.runtime.common.torch_calls import torch_call
 from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.control.own import check_own_control, with_control
@@ -79,8 +79,8 @@ class OpaquePipeline:
             part.set_progress_bar_config(disable=True)  # progress is sent to the client instead
 
     def plan(self, request: Request) -> Plan:
-        """The request's shape, rows and estimated steps. Raises InvalidField if it names a scheduler, or has a strength or image
-        that the pipeline does not take."""
+        """The request's shape, rows and estimated steps. Raises InvalidField if it names a scheduler, or has a strength, image
+        or text that the pipeline does not take."""
         if request.loras:
             raise InvalidField("loras", "this model takes no LoRAs: it runs as a whole, not step by step")
         if request.image_prompts:
@@ -94,6 +94,7 @@ class OpaquePipeline:
         if self._steps(request) == 0:
             raise no_step(request)
         check_sources(self._pipe, request)
+        check_texts(self._pipe, self._texts(request))
         width, height = self._size(request)
         settings, at_once = self._settings(request), self._at_once(request)
         chunks = -(-len(request.seeds) // at_once)
