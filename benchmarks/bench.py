@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 
+import bench_attention
 import bench_codecs
 import bench_export
 import bench_growth
@@ -54,6 +55,7 @@ def main() -> int:
     apart = {
         "loras": (bench_loras, "steps with LoRAs of requests, against none and against calls divided by LoRA (1 minute)"),
         "image-prompts": (bench_image_prompts, "steps with image prompts of requests, against none (1 minute)"),
+        "attention": (bench_attention, "a transformer with and without fused attention on the CPU provider (2 minutes)"),
         "padding": (bench_padding, "images of different token counts in one call, against a call for each (2 minutes)"),
         "peers": (
             bench_peers,

@@ -65,7 +65,7 @@ def _measure(graphs: _Graphs, small: tuple[int, int], large: tuple[int, int], ro
     import torch
     from img2img_server.runtime.onnx import token_graphs
 
-    first, second = (_row(graphs.kind, size) for size in (small, large))
+    first, second = (random_row(graphs.kind, size) for size in (small, large))
     padded, equal = token_graphs.join([first, second]), token_graphs.join([first, first])
     count, most = small[0] * small[1], large[0] * large[1]
     alone, _ = _run(graphs.masked, first)
@@ -93,7 +93,22 @@ def _run(session: Any, inputs: dict[str, Any]) -> tuple[Any, float]:
     return found, time.perf_counter() - begun
 
 
-def _row(kind: Any, size: tuple[int, int]) -> dict[str, Any]:
+def flux_transformer(heads: int, blocks: int) -> tuple[Any, Any]:
+    """A transformer of Flux's kind with random weights, and its kind of graph."""
+    import diffusers
+    import torch
+    from img2img_export.convert.token_graphs import FluxKind
+
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=64, num_layers=blocks, num_single_layers=blocks, attention_head_dim=64, num_attention_heads=heads,
+        joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=(16, 24, 24),
+    ).eval()  # fmt: skip
+    return transformer, FluxKind({**transformer.config, "_class_name": "FluxTransformer2DModel"})
+
+
+def random_row(kind: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """The inputs for an image of so many tokens in height and width, with a mask that hides none."""
     import torch
     from img2img_export.convert.token_graphs import Layout
 
@@ -103,7 +118,6 @@ def _row(kind: Any, size: tuple[int, int]) -> dict[str, Any]:
 
 def _graphs(folder: Path, heads: int, blocks: int) -> _Graphs:
     """Makes the graphs of a transformer with random weights."""
-    import diffusers
     import onnxruntime
     import torch
     from img2img_export.convert import token_graphs
@@ -120,13 +134,8 @@ def _graphs(folder: Path, heads: int, blocks: int) -> _Graphs:
         seen = torch.cat([torch.ones_like(inputs["encoder_hidden_states"][..., 0]), inputs[_MASK].to(image.dtype)], dim=1)
         return where._replace(bias=((seen - 1) * token_graphs._MASKED)[:, None, None])
 
-    torch.manual_seed(0)
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=64, num_layers=blocks, num_single_layers=blocks, attention_head_dim=64, num_attention_heads=heads,
-        joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=(16, 24, 24),
-    ).eval()  # fmt: skip
-    kind = token_graphs.FluxKind({**transformer.config, "_class_name": "FluxTransformer2DModel"})
-    example = join([_row(kind, (4, 6)), _row(kind, (8, 3))])
+    transformer, kind = flux_transformer(heads, blocks)
+    example = join([random_row(kind, (4, 6)), random_row(kind, (8, 3))])
     options, sessions = onnxruntime.SessionOptions(), []
     options.intra_op_num_threads = 1
     for name in ("masked", "plain"):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import bench_attention
 import bench_export
 import bench_growth
 import bench_http
@@ -25,6 +26,7 @@ from bench_load import measuring, servers
 @pytest.mark.parametrize(
     ("module", "words", "printed"),
     [
+        (bench_attention, ["--heads", "1", "--blocks", "1", "--sides", "8", "--rounds", "1"], "│ 64"),
         (bench_growth, ["--waiting", "50", "100", "--times", "3"], "a client each"),
         (bench_http, ["--requests", "2", "--sizes", "64"], "64 x 64"),
         (bench_padding, ["--heads", "1", "--blocks", "1", "--sides", "8", "--rounds", "1"], "│ equal"),

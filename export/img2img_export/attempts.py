@@ -229,7 +229,8 @@ def _judge(
 
 
 def describe(attempt: Attempt, options: ExportOptions) -> Manifest:
-    """The manifest of an attempt, without the source, files and tools of the finished bundle."""
+    """The manifest of an attempt, without the source and tools of the finished bundle, and of its files with those that the
+    server's pipeline runs when its images are compared."""
     return Manifest(
         source=Source(),
         pipeline_class=attempt.plan.pipeline_class,
@@ -237,7 +238,7 @@ def describe(attempt: Attempt, options: ExportOptions) -> Manifest:
         backend=attempt.plan.backend,
         backend_reason=attempt.plan.reason,
         components=attempt.components,
-        files={},
+        files={part.fused: "" for part in attempt.components if part.fused},
         tools={},
         verification=attempt.verification,
         latent_preview=attempt.latent_preview,

@@ -12,11 +12,14 @@ import onnx
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from img2img_server.bundle.manifest import Component, Manifest, read_manifest
+from img2img_server.bundle.adapter_files import LoraFiles
+from img2img_server.bundle.manifest import Component, Manifest, Precision, read_manifest
+from img2img_server.engine.cache import Cache
 from img2img_server.errors import BundleError
 from img2img_server.runtime import loader
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
+from img2img_server.runtime.lora.adapters import LoraSettings
 from img2img_server.runtime.onnx.modules import Graph, OnnxDenoiser, OnnxModule, OnnxTextEncoder, OnnxVae
 from img2img_server.runtime.onnx.providers import ProviderChoice
 from img2img_server.runtime.onnx.runners import HostRunner
@@ -226,6 +229,25 @@ def test_the_fused_graph_is_tried_first_on_cuda(
     stray = with_components(manifest, Component("unet", "fp16", fused="../elsewhere.onnx"))
     with pytest.raises(BundleError, match="not in the bundle"):
         load_pipeline(folder, stray, Execution("cuda"), open_graph=open_on_cpu)
+
+
+@pytest.mark.parametrize(("precision", "fuses"), [("fp32", True), ("fp16", False)])
+def test_the_cpu_provider_runs_fused_attention_in_fp32(
+    bundle: Callable[[str], Path], precision: Precision, fuses: bool, tmp_path: Path
+) -> None:
+    """All graphs of a transformer that have it: rows with and without a LoRA share calls, and their bits are compared."""
+    folder, opened = bundle("flux-dev"), list[str]()
+
+    def open_graph(path: Path, options: SessionOptions) -> Any:
+        opened.append(path.relative_to(folder).as_posix())
+        return open_session(path, options)
+
+    manifest = read_manifest(folder)
+    parts = [replace(part, precision=precision) if part.name == "transformer" else part for part in manifest.components]
+    loras = LoraSettings(LoraFiles(tmp_path), Cache(0), 8)
+    load_pipeline(folder, with_components(manifest, *parts), Execution("cpu"), open_graph=open_graph, loras=loras)
+    graphs = {"model_fused_attention.onnx", "lora_fused_attention.onnx"} if fuses else {"model.onnx", "lora.onnx"}
+    assert {path for path in opened if path.startswith("transformer/")} == {f"transformer/{name}" for name in graphs}
 
 
 def with_components(manifest: Manifest, *changed: Component, files: Any = ()) -> Manifest:

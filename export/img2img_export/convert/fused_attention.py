@@ -1,7 +1,8 @@
-"""A second graph of a transformer, whose attention is ONNX Runtime's operator MultiHeadAttention, for CUDA.
+"""A second graph of a transformer, whose attention is ONNX Runtime's operator MultiHeadAttention, for CUDA and the CPU provider.
 
 The plain graph has attention as products and a softmax, whose scores take gigabytes for thousands of tokens. The CUDA provider
-has kernels for the operator that keep none: cuDNN's, Flash, and in fp32 CUTLASS', with a bias for a multiple of 16 tokens.
+has kernels for the operator that keep none: cuDNN's, Flash, and in fp32 CUTLASS', with a bias for a multiple of 16 tokens. The
+CPU provider has one in fp32.
 The second graph is traced like the plain one and has the same weights, so both share the plain graph's file of weights.
 """
 
@@ -14,6 +15,7 @@ from unittest.mock import patch
 
 import onnx
 import torch
+from img2img_server.bundle.manifest import FUSED_ATTENTION
 from onnx import ModelProto, helper
 from torch.onnx import symbolic_helper
 from torch.onnx.symbolic_opset9 import unused
@@ -24,7 +26,7 @@ from img2img_export.errors import ExportError
 
 def name_of(graph: str) -> str:
     """The file name of the second graph of a graph, beside it: that of "lora.onnx" is "lora_fused_attention.onnx"."""
-    return f"{graph.removesuffix('.onnx')}_fused_attention.onnx"
+    return graph.removesuffix(".onnx") + FUSED_ATTENTION
 
 
 NAME = name_of(GRAPH_NAME)

@@ -23,6 +23,8 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 HEAD_NAME, BODY_NAME = "head.onnx", "body.onnx"
 """The split graph of a denoiser, beside the whole one: the timestep embedding, to be computed in float32, and the rest."""
+FUSED_ATTENTION = "_fused_attention.onnx"
+"""How the file names of a transformer's graphs end whose attention is one operator, which the CPU provider has, too."""
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 """Precision of a graph's weights and computation."""
@@ -139,7 +141,7 @@ class Component:
     """A component of the model. `precision` is that of its weights: fp32, fp16, bf16 or int8. A torch component has no graph.
 
     `reason` says why the precision differs from the requested one. The graph is `NAME/model.onnx`; `fused` is the path in the
-    bundle of a second graph with ONNX Runtime's fused operators for CUDA, or empty. `bytes` is the size of the weights.
+    bundle of a second graph with ONNX Runtime's fused operators, or empty. `bytes` is the size of the weights.
     `lora`, `control` and `light` are the paths of its LoRA graph, and of a UNet's graphs for ControlNets and of its light graph
     (speedups.py); `fused_lora` and so on are those with fused operators. `kept_in_fp32` are the layers of a graph in static int8
     that stayed in fp32 because they were sensitive, the worst first. `weight_format` is "int8" or "int4" if matrices are

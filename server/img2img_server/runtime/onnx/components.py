@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from img2img_server.bundle.files import read_json
-from img2img_server.bundle.manifest import Component, Manifest, WeightFormat
+from img2img_server.bundle.manifest import FUSED_ATTENTION, Component, Manifest, WeightFormat
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common import clip_tokenizer
 from img2img_server.runtime.common.clip_tokenizer import LightCLIPTokenizer
@@ -151,7 +151,7 @@ class Components:
         path, fused = component.control, component.fused_control
         if adapts:
             path, fused = component.control_lora, component.fused_control_lora
-        chosen = fused if self.provider == "cuda" and fused in self.manifest.files else path
+        chosen = fused if self._runs_fused(component) and fused in self.manifest.files else path
 
         def open_graph() -> Graph:
             runner = self.make(name + CONTROL_RUNNER, self.bundle / chosen)
@@ -165,9 +165,9 @@ class Components:
         return LaterGraph(open_graph, self.provider in ("cpu", "cuda"), size, component.image_prompts)
 
     def _graph(self, name: str) -> Graph:
-        """Opens a component's graph: on CUDA the one with fused operators, if there is one and it opens, else the plain one."""
+        """Opens a component's graph: the one with fused operators, if the provider has them and it opens, else the plain one."""
         component = next((item for item in self.manifest.components if item.name == name), None)
-        if component is not None and component.fused and self.provider == "cuda":
+        if component is not None and component.fused and self._runs_fused(component):
             if component.fused not in self.manifest.files:
                 raise BundleError(f"{self.bundle}: the manifest names a fused graph that is not in the bundle: {component.fused}")
             try:
@@ -185,12 +185,19 @@ class Components:
                     raise BundleError(f"{self.bundle / name} is bf16, and offloaded graphs run on the CPU: {how}") from error
             raise
 
+    def _runs_fused(self, component: Component) -> bool:
+        """Whether the provider has the operators of the component's fused graphs: CUDA all, the CPU provider attention in fp32,
+        which then keeps no scores (gigabytes for thousands of tokens)."""
+        if self.provider == "cpu":
+            return component.precision == "fp32" and component.fused.endswith(FUSED_ATTENTION)
+        return self.provider == "cuda"
+
     def _light_graph(self, name: str) -> Graph | None:
-        """Opens the light graph of a denoiser: the fused one on CUDA, if there is one. None if there is none that opens."""
+        """Opens the light graph of a denoiser: the fused one, if the provider runs it. None if none opens."""
         component = next((item for item in self.manifest.components if item.name == name), None)
         if component is None:
             return None
-        fused = component.fused_light if component.fused and self.provider == "cuda" else ""
+        fused = component.fused_light if component.fused and self._runs_fused(component) else ""
         for path in (fused, component.light):
             if path and (self.bundle / path).is_file():
                 try:
