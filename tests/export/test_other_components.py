@@ -126,3 +126,11 @@ def test_an_argument_varies_by_its_value_and_not_by_its_address() -> None:
     for mode, cache in zip(("write", "read"), kept, strict=True):
         calls.note({"kv_cache": cache, "kv_cache_mode": mode, "scale": 1.0})
     assert calls.varying == ["kv_cache_mode"]
+
+
+def test_a_denoiser_that_takes_a_mask_of_its_texts_is_a_graph(bundle: Get) -> None:
+    """Chroma's transformer has such an input, as text encoders have, and no token ids."""
+    manifest = read_manifest(bundle("chroma"))
+    assert manifest.backend == "onnx", manifest.backend_reason
+    (transformer,) = [part for part in manifest.components if part.name == "transformer"]
+    assert "attention_mask" in {item.name for item in transformer.inputs}

@@ -203,7 +203,7 @@ def _random(part: Part, real: Tensors, batch: int, any_size: bool, config: Any) 
     Texts with a mask have other lengths."""
     generator = torch.Generator("cpu").manual_seed(batch)
     made: Tensors = {}
-    if "attention_mask" in real:
+    if {"input_ids", "attention_mask"} <= real.keys():
         real = _padded_texts(real, batch)
     for name, value in real.items():
         if name == "input_ids":
