@@ -1,43 +1,48 @@
 """Coordination of device use: a lock against changes during CUDA graph recording, and flags of a thread: to record at the first
 call, and that calls are measured."""
 
-import contextlib
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 DEVICE_IN_USE = threading.Lock()
 """Held while a call is recorded (runtime/providers/cuda_graphs.py), and by other threads while they allocate or free device
 memory, such as to load or unload a pipeline: allocation breaks a recording. A process uses one device, so there is one lock."""
 
-_AT_ONCE = threading.local()
-_MEASURING = threading.local()
+
+class _ThreadFlag(threading.local):
+    """A flag of the current thread."""
+
+    on = False
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Within the block, the flag is on."""
+        before, self.on = self.on, True
+        try:
+            yield
+        finally:
+            self.on = before
 
 
-@contextlib.contextmanager
-def recording_at_once() -> Iterator[None]:
+_AT_ONCE, _MEASURING = _ThreadFlag(), _ThreadFlag()
+
+
+def recording_at_once() -> AbstractContextManager[None]:
     """Within the block (warm-up), this thread records each shape at its first call."""
-    _AT_ONCE.on = True
-    try:
-        yield
-    finally:
-        _AT_ONCE.on = False
+    return _AT_ONCE.raised()
 
 
 def records_at_once() -> bool:
     """Whether this thread is in a block of `recording_at_once`."""
-    return getattr(_AT_ONCE, "on", False)
+    return _AT_ONCE.on
 
 
-@contextlib.contextmanager
-def measuring() -> Iterator[None]:
+def measuring() -> AbstractContextManager[None]:
     """Within the block, this thread measures calls: what faster calls would use is opened at once, not in the background."""
-    _MEASURING.on = True
-    try:
-        yield
-    finally:
-        _MEASURING.on = False
+    return _MEASURING.raised()
 
 
 def is_measuring() -> bool:
     """Whether this thread is in a block of `measuring`."""
-    return getattr(_MEASURING, "on", False)
+    return _MEASURING.on

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import inspect
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ from img2img_server.runtime.common.diffusers_import import FrozenDict, diffusers
 from img2img_server.runtime.common.pipe import parts
 from img2img_server.runtime.common.vae import LATENT_STATISTICS, BoundedVae, output_of
 from img2img_server.runtime.onnx.control_inputs import missing_inputs, needs_control_graph
-from img2img_server.runtime.onnx.runners import Runner, dtype_of, open_for
+from img2img_server.runtime.onnx.runners import Later, Runner, dtype_of, open_for
 from img2img_server.runtime.onnx.token_graphs import GRAPHS, TokenGraph
 from img2img_server.support.device_lock import DEVICE_IN_USE
 
@@ -90,28 +89,22 @@ class Graph:
         self.__dict__.pop("_runner", None)
 
 
-class LaterGraph:
-    """A graph that is opened when it is first needed, on any thread.
+class LaterGraph(Later[Graph]):
+    """A graph that is opened when it is first needed, on any thread. `get` raises BundleError if it does not open.
 
     If `mixes`, rows that another graph could compute have that graph's results bit by bit. `bytes` is the size of its weights.
     `image_prompts` says whether it has the inputs of image prompts.
     """
 
     def __init__(self, open_graph: Callable[[], Graph], mixes: bool, size: int = 0, image_prompts: bool = False) -> None:
+        def open_alone() -> Graph:
+            with DEVICE_IN_USE:
+                return open_graph()
+
+        super().__init__(open_alone)
         self.mixes = mixes
         self.bytes = size
         self.image_prompts = image_prompts
-        self.opened: Graph | None = None
-        self._open = open_graph
-        self._lock = threading.Lock()
-
-    def get(self) -> Graph:
-        """The graph. Slow the first time. Raises BundleError if it does not open."""
-        with self._lock:
-            if self.opened is None:
-                with DEVICE_IN_USE:
-                    self.opened = self._open()
-            return self.opened
 
 
 class OnnxModule(torch.nn.Module):
@@ -146,7 +139,7 @@ class OnnxModule(torch.nn.Module):
 
 class OnnxTextEncoder(OnnxModule):
     """A text encoder (CLIP, T5, a language model): token ids [B, T] to its outputs in transformers' order, with the hidden states
-    as a tuple, in which those that the graph does not have are None.
+    as a tuple. It has None for states that are not outputs of the graph.
 
     `config` is None for transformers' own configuration object, which diffusers' pipelines may expect. Raises BundleError if the
     configuration lacks the layers of the graph's hidden states.

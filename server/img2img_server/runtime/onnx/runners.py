@@ -1,14 +1,17 @@
 """Runners: an ONNX graph as a function of torch tensors."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import onnxruntime
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from img2img_server.errors import BundleError
+
+_T = TypeVar("_T")
 
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -109,6 +112,22 @@ class SplitGraphRunner:
         waves = self._head.run({item.name: feed[item.name] for item in self._head.inputs})
         known = {**feed, **dict(zip(self._between, waves, strict=True))}
         return self._body.run({item.name: known[item.name] for item in self._body.inputs})
+
+
+class Later(Generic[_T]):
+    """What `open_it` opens when it is first needed, on any thread. `opened` is None until then."""
+
+    def __init__(self, open_it: Callable[[], _T]) -> None:
+        self.opened: _T | None = None
+        self._open = open_it
+        self._lock = threading.Lock()
+
+    def get(self) -> _T:
+        """What was opened. Slow the first time. Raises the errors of `open_it`."""
+        with self._lock:
+            if self.opened is None:
+                self.opened = self._open()
+            return self.opened
 
 
 def open_for(runner: Runner, width: int, height: int) -> None:

@@ -57,6 +57,8 @@ class OnnxSeeingTextEncoder(OnnxTextEncoder):
     def __init__(self, graph: Graph, tower: Graph, *arguments: Any) -> None:
         super().__init__(graph, *arguments)
         self._tower = tower
+        config = self.config.vision_config
+        self._vision: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
 
     def forward(
         self,
@@ -78,11 +80,9 @@ class OnnxSeeingTextEncoder(OnnxTextEncoder):
     def see(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         """The features [M, D] of images."""
         found: list[torch.Tensor] = []
-        config = self.config.vision_config
-        config = config if isinstance(config, Mapping) else config.to_dict()
         grids = [(int(height), int(width)) for _, height, width in image_grid_thw.tolist()]
         patches = torch.split(pixel_values, [height * width for height, width in grids])
         for own, grid in zip(patches, grids, strict=True):
-            inputs = {name: value.to(own.device) for name, value in places(config, *grid).items()}
+            inputs = {name: value.to(own.device) for name, value in places(self._vision, *grid).items()}
             found += self._tower(pixel_values=own, **inputs).values()
         return torch.cat(found)

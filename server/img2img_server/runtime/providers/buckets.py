@@ -16,7 +16,7 @@ import torch
 from img2img_server.errors import BundleError
 from img2img_server.runtime.onnx.graph_sizes import Shapes
 from img2img_server.runtime.onnx.providers import ERRORS
-from img2img_server.runtime.onnx.runners import Runner, dtype_of
+from img2img_server.runtime.onnx.runners import Later, Runner, dtype_of
 from img2img_server.support.device_lock import is_measuring
 
 _log = logging.getLogger(__name__)
@@ -25,22 +25,13 @@ Size = tuple[int, int]
 """Width and height of an image in pixels."""
 
 
-class LaterRunner:
+class LaterRunner(Later[Runner]):
     """A runner that `open_runner` opens when it is first needed, on any thread. Its inputs and outputs are known before."""
 
     def __init__(self, inputs: Sequence[Any], outputs: Sequence[Any], open_runner: Callable[[], Runner]) -> None:
+        super().__init__(open_runner)
         self.inputs = inputs
         self.outputs = outputs
-        self._open = open_runner
-        self._opened: Runner | None = None
-        self._lock = threading.Lock()
-
-    def get(self) -> Runner:
-        """The runner. Slow the first time."""
-        with self._lock:
-            if self._opened is None:
-                self._opened = self._open()
-            return self._opened
 
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Runs the graph."""

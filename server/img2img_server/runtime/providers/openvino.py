@@ -210,10 +210,13 @@ class Graphs:
             runner = self._fixed(name, graph, inputs, first.bucket)
             made.append(first.bucket)
             if has_rows:
-                rows = [self._shapes(name, inputs, other.bucket)[0][0] for other in others]
-                openers = [partial(self._later, name, graph, inputs, other) for other in others]
-                later = {count: opener for count, opener in zip(rows, openers, strict=True) if count != shapes[0][0]}
-                graphs = RowGraphs(f"{self._bundle.name}: {name}", shapes[0][0], runner, later)
+                rows = shapes[0][0]
+                later = {
+                    self._shapes(name, inputs, other.bucket)[0][0]: partial(self._later, name, graph, inputs, other)
+                    for other in others
+                }
+                later.pop(rows, None)
+                graphs = RowGraphs(f"{self._bundle.name}: {name}", rows, runner, later)
                 by_row[of_one_row(shapes)] = by_size[first.bucket.width, first.bucket.height] = graphs
             else:
                 exact[shapes] = runner
@@ -238,7 +241,7 @@ class Graphs:
         try_on_zeros(graph, runner, self._sizes.axes(name, inputs, bucket) or {})
         return runner
 
-    def _later(self, name: str, graph: Path, inputs: Sequence[Port], wanted: "_Wanted") -> Runner:
+    def _later(self, name: str, graph: Path, inputs: Sequence[Port], wanted: _Wanted) -> Runner:
         """The same during serving. Raises BundleError also if there is not enough memory."""
         if not self._has_room(name, wanted):
             raise BundleError("it could take too much of the available memory")
@@ -264,7 +267,7 @@ class Graphs:
         _log.info("%s: %s: the graph for any shape was opened in %.1f s", self._bundle.name, name, time.monotonic() - begun)
         return runner
 
-    def _wanted(self, name: str, has_rows: bool) -> "list[list[_Wanted]]":
+    def _wanted(self, name: str, has_rows: bool) -> list[list[_Wanted]]:
         """The graphs of fixed shapes of a component, by size. The first one of each is opened at start. Each size has one of one
         row, for a row that is left. If a graph's first axis is not its rows, calls are not divided, and each bucket is apart."""
         native = self._sizes.native
@@ -281,7 +284,7 @@ class Graphs:
             return []
         return [[_Wanted(native), _Wanted(replace(native, rows=1)), _Wanted(replace(native, rows=_WIDE_ROWS), _WIDE_PART)]]
 
-    def _has_room(self, name: str, wanted: "_Wanted") -> bool:
+    def _has_room(self, name: str, wanted: _Wanted) -> bool:
         """Whether there is enough memory for a graph of fixed shapes. Always true for buckets that the operator set."""
         component = next((item for item in self._manifest.components if item.name == name), None)
         if component is None or (self._asked is not None and wanted.bucket in self._asked):
