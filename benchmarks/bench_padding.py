@@ -122,6 +122,7 @@ def _graphs(folder: Path, heads: int, blocks: int) -> _Graphs:
     import torch
     from img2img_export.convert import token_graphs
     from img2img_export.convert.external_weights import GRAPH_NAME
+    from img2img_export.convert.graph_kinds import MASKED
     from img2img_export.convert.parts import Part
     from img2img_export.convert.tracing import trace
     from img2img_export.progress import Progress
@@ -132,7 +133,7 @@ def _graphs(folder: Path, heads: int, blocks: int) -> _Graphs:
     def masked(inputs: dict[str, torch.Tensor]) -> Any:
         where, image = ours(inputs), inputs["hidden_states"]
         seen = torch.cat([torch.ones_like(inputs["encoder_hidden_states"][..., 0]), inputs[_MASK].to(image.dtype)], dim=1)
-        return where._replace(bias=((seen - 1) * token_graphs._MASKED)[:, None, None])
+        return where._replace(bias=((seen - 1) * MASKED)[:, None, None])
 
     transformer, kind = flux_transformer(heads, blocks)
     example = join([random_row(kind, (4, 6)), random_row(kind, (8, 3))])

@@ -229,8 +229,8 @@ def _judge(
 
 
 def describe(attempt: Attempt, options: ExportOptions) -> Manifest:
-    """The manifest of an attempt, without the source and tools of the finished bundle, and of its files with those that the
-    server's pipeline runs when its images are compared."""
+    """The manifest of an attempt, without the source and tools of the finished bundle. Its only files are the fused graphs, which
+    the server's pipeline needs for the comparison of images."""
     return Manifest(
         source=Source(),
         pipeline_class=attempt.plan.pipeline_class,

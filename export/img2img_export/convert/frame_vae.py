@@ -2,8 +2,8 @@
 
 Its convolutions are causal: they see a frame and the frames before it, which are zeros before the first one. Of a single frame a
 kernel [O, I, t, h, w] multiplies only its last slice with anything but zeros, so the convolution is the one of images with that
-slice: in time 3 times smaller, and its graph has tensors of four axes. The layers that mix frames (`time_conv`) and the cache of
-earlier frames are for videos.
+slice: it has a third of the weights, and its graph has tensors of four axes. The layers that mix frames (`time_conv`) and the
+cache of earlier frames are for videos only.
 """
 
 import copy

@@ -24,6 +24,8 @@ Axes = dict[str, dict[int, str]]
 
 _TEXT = {0: "batch_size", 1: "sequence_length"}
 _IMAGE = {0: "batch_size", 2: "height", 3: "width"}
+MASKED = 3e4
+"""Subtracted from the scores of masked tokens; half precision can represent it."""
 
 
 def _normalize(input: torch.Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> torch.Tensor:

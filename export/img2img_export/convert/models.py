@@ -51,19 +51,24 @@ GRAPHS = {
 }
 """Pipeline classes that become graphs entirely: the server's family name, and the components."""
 
-TOKEN_GRAPHS = {
-    "FluxKontextPipeline": "flux-kontext",
-    "Flux2KleinPipeline": "flux-2-klein",
-    "Flux2Pipeline": "flux-2",
-    "QwenImageImg2ImgPipeline": "qwen-image",
-    "QwenImageEditPipeline": "qwen-image-edit",
-    "QwenImageEditPlusPipeline": "qwen-image-edit-plus",
-    "ZImageImg2ImgPipeline": "z-image",
-}
-"""Pipeline classes whose transformer becomes a graph of tokens (token_graphs.py), and the server's family name: the engine steps
-them if it has that graph."""
+_STEPPED_AS_GRAPH = (
+    "FluxKontextPipeline",
+    "Flux2KleinPipeline",
+    "Flux2Pipeline",
+    "QwenImageImg2ImgPipeline",
+    "QwenImageEditPipeline",
+    "QwenImageEditPlusPipeline",
+    "ZImageImg2ImgPipeline",
+)
+"""Pipeline classes that the engine steps only if their transformer is a graph of tokens (token_graphs.py)."""
 
-_TOKENS = (*TOKEN_GRAPHS, "StableDiffusion3Img2ImgPipeline", "FluxImg2ImgPipeline", "FluxControlImg2ImgPipeline", FLUX_FILL)
+_TOKENS = (
+    *_STEPPED_AS_GRAPH,
+    "StableDiffusion3Img2ImgPipeline",
+    "FluxImg2ImgPipeline",
+    "FluxControlImg2ImgPipeline",
+    FLUX_FILL,
+)
 """All pipeline classes whose transformer becomes a graph of tokens."""
 
 _OWN_CLASS = {
@@ -152,10 +157,9 @@ def plans_for(layout: Layout, backend: Backend) -> Iterator[Plan]:
     if backend in ("auto", "onnx") and present:
         yield Plan(name, family, "onnx", present)
     if backend in ("auto", "hybrid") and denoiser:
-        stepped = TOKEN_GRAPHS.get(name, family)
-        yield Plan(name, stepped, "hybrid", denoiser, "requested with --backend hybrid" if backend == "hybrid" else reason)
+        yield Plan(name, family, "hybrid", denoiser, "requested with --backend hybrid" if backend == "hybrid" else reason)
     if backend in ("auto", "torch"):
-        whole = WHOLE if name in TOKEN_GRAPHS else family
+        whole = WHOLE if name in _STEPPED_AS_GRAPH else family
         yield Plan(name, whole, "torch", (), "requested with --backend torch" if backend == "torch" else reason)
 
 

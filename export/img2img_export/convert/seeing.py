@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from img2img_server.runtime.onnx.vision import FEATURES, TOWER
 
-from img2img_export.convert.graph_kinds import Axes, GraphKind, LanguageModel
+from img2img_export.convert.graph_kinds import MASKED, Axes, GraphKind, LanguageModel
 from img2img_export.convert.parts import Part, Tensors
 
 CLASSES = ("Qwen2_5_VLForConditionalGeneration",)
 """The classes of text encoders that see images."""
-_MASKED = 3e4
-"""Subtracted from the scores of patches that only fill up a window; half precision can represent it."""
 _PATCHES, _WINDOWS = {0: "patches"}, {0: "windows"}
 
 
@@ -90,7 +88,7 @@ def _see(
     """The features of an image."""
     embedding = tower.patch_embed
     states = torch.nn.functional.linear(pixel_values.to(embedding.proj.weight.dtype), embedding.proj.weight.flatten(1))
-    bias = ((window_mask.to(states.dtype) - 1) * _MASKED)[:, None, None]
+    bias = ((window_mask.to(states.dtype) - 1) * MASKED)[:, None, None]
     for number, block in enumerate(tower.blocks):
         query, key, value = _projected(block.attn, block.norm1(states), rotary)
         if number in tower.fullatt_block_indexes:

@@ -17,12 +17,10 @@ from img2img_server.runtime.common.rotary import Positions, Size
 from img2img_server.runtime.onnx import token_graphs
 from img2img_server.runtime.onnx.token_graphs import MARK, PLACES
 
-from img2img_export.convert.graph_kinds import Axes, GraphKind
+from img2img_export.convert.graph_kinds import MASKED, Axes, GraphKind
 from img2img_export.convert.parts import Part, Tensors
 
 _OUTPUT = "out_hidden_states"
-_MASKED = 3e4
-"""Subtracted from the scores of masked tokens; half precision can represent it."""
 
 
 class Layout(NamedTuple):
@@ -303,7 +301,7 @@ def _where(inputs: Tensors) -> _Where:
     bias = None
     if "text_mask" in inputs:
         image = inputs["hidden_states"]
-        masked = (inputs["text_mask"].to(image.dtype) - 1) * _MASKED
+        masked = (inputs["text_mask"].to(image.dtype) - 1) * MASKED
         bias = torch.cat([masked, torch.zeros_like(image[..., 0])], dim=1)[:, None, None]
     return _Where(tables[:, :, 0], tables[:, :, 1], bias)
 

@@ -118,7 +118,7 @@ class Recorder:
         return hook
 
     def _watch(self, name: str) -> Callable[..., None]:
-        """Has the hidden states of a text encoder's output noted when they are read."""
+        """A hook that records which hidden states of a text encoder's output are read."""
 
         def watch(module: Any, args: tuple[Any, ...], output: Any) -> None:
             if getattr(output, "hidden_states", None) is not None:
@@ -149,7 +149,7 @@ class Recorder:
 
 
 class _ReadStates(tuple[Any, ...]):
-    """Hidden states that note in `read` the indices of those that are read."""
+    """Hidden states that add an index to `read` when the state is read."""
 
     def __new__(cls, states: Iterable[Any], read: set[int]) -> Self:
         made = super().__new__(cls, states)

@@ -27,11 +27,6 @@ def described(name: str, module: Any, calls: Calls) -> tuple[Part, Tensors, list
     generator = torch.Generator().manual_seed(0)
     recorded = [call for kept in calls.by_shape.values() for call in kept if "pixel_values" in call]
     real, scale = recorded[0], recorded[0]["pixel_values"].std()
-    made = {
-        "random, one image": _random(module, [_GRIDS[:1]], scale, generator),
-        "random, other numbers of images": _random(module, [_GRIDS[:1], _GRIDS[1:]], scale, generator),
-        "random, three rows": _random(module, [[grid] for grid in _GRIDS], scale, generator),
-    }
     if name == TOWER:
         part = tower_part(module)
         cases = [_tower_case(part, module, "real", real)]
@@ -39,6 +34,11 @@ def described(name: str, module: Any, calls: Calls) -> tuple[Part, Tensors, list
             _tower_case(part, module, f"random, {h} x {w}", _random(module, [[(h, w)]], scale, generator)) for h, w in _GRIDS
         ]
         return part, cases[2].inputs, cases
+    made = {
+        "random, one image": _random(module, [_GRIDS[:1]], scale, generator),
+        "random, other numbers of images": _random(module, [_GRIDS[:1], _GRIDS[1:]], scale, generator),
+        "random, three rows": _random(module, [[grid] for grid in _GRIDS], scale, generator),
+    }
     part = language_part(name, module, sorted(calls.states))
     cases = [_text_case(part, module, text, call) for text, call in {"real": real, **made}.items()]
     return part, cases[2].inputs, cases
@@ -46,7 +46,8 @@ def described(name: str, module: Any, calls: Calls) -> tuple[Part, Tensors, list
 
 def _random(module: Any, rows: Sequence[Sequence[tuple[int, int]]], scale: torch.Tensor, generator: torch.Generator) -> Tensors:
     """A call with rows of random tokens around images of these grids, padded before the text, after it, and not at all."""
-    config, merge = module.config, module.config.vision_config.spatial_merge_size
+    config, vision = module.config, module.config.vision_config
+    merge = vision.spatial_merge_size
     known = min(config.image_token_id, config.video_token_id, config.get_text_config().vocab_size)
     texts = []
     for number, grids in enumerate(rows):
@@ -61,8 +62,7 @@ def _random(module: Any, rows: Sequence[Sequence[tuple[int, int]]], scale: torch
         start = longest - len(text) if number == 0 else 0
         ids[number, start : start + len(text)], mask[number, start : start + len(text)] = text, 1
     grids = [grid for row in rows for grid in row]
-    width = module.config.vision_config
-    size = width.in_channels * width.temporal_patch_size * width.patch_size**2
+    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     patches = torch.randn(sum(height * width for height, width in grids), size, generator=generator) * scale
     return {
         "input_ids": ids, "attention_mask": mask, "pixel_values": patches,

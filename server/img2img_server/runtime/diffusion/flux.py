@@ -53,8 +53,6 @@ class Flux(AnyFlux):
     ignored_fields = frozenset({"negative_prompt", "true_cfg_scale"})
     mask_use: MaskUse = "optional"
     takes_controls = True
-    parts_of_input = 1
-    """How many sets of latents the transformer's input channels are for."""
 
     def _is_guided(self, request: Request) -> bool:
         return False
@@ -78,15 +76,6 @@ class Flux(AnyFlux):
     def _more_conditioning(self, pipe: Any, request: Request, latents: torch.Tensor) -> Conditioning:
         # For ControlNets, if not for the transformer.
         return {"guidance": torch.full((len(latents),), request.guidance_scale, device=latents.device)}
-
-    def _first_latents(
-        self, pipe: Any, request: Request, timesteps: torch.Tensor, dtype: torch.dtype, generators: list[torch.Generator]
-    ) -> torch.Tensor:
-        (width, height), count = request.result_size, len(generators)
-        channels = self._denoiser.config.in_channels // (4 * self.parts_of_input)
-        image = torch.empty(count, 3, 1, 1)  # stands for the image
-        place = (count, channels, height, width, dtype, pipe._execution_device, generators)
-        return self._packed(pipe.prepare_latents(image, timesteps, *place)[0])
 
     @property
     def _predict(self) -> Callable[..., tuple[torch.Tensor]]:
@@ -129,7 +118,7 @@ class FluxControl(Flux):
 
     takes_controls = False
     reads_control = True
-    parts_of_input = 2
+    _patch = 8  # four for the latents, and four for the control image's
     encodes_masked_source = False  # drawn below: before all else
 
     def _read_controls(

@@ -149,10 +149,12 @@ class TokenPipeline(SteppedPipeline):
         place = (count, channels, height, width, dtype, pipe._execution_device, generators)
         image = torch.empty(count, 3, 1, 1)  # stands for the image
         if not self.edits:
-            return self._packed(pipe.prepare_latents(image, timesteps, *place))
-        if request.mask is not None:
-            return self._packed(self._as_inpainting(pipe).prepare_latents(image, timesteps, *place)[0])
-        return self._packed(pipe.prepare_latents(*self._no_image, *place)[0])
+            made = pipe.prepare_latents(image, timesteps, *place)
+        elif request.mask is not None:
+            made = self._as_inpainting(pipe).prepare_latents(image, timesteps, *place)
+        else:
+            made = pipe.prepare_latents(*self._no_image, *place)
+        return self._packed(made[0] if isinstance(made, tuple) else made)
 
     def _as_inpainting(self, pipe: Any) -> Any:
         """`pipe` as an object of diffusers' inpainting class."""
