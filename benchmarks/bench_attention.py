@@ -68,7 +68,7 @@ def _measure(graph: Path, row: dict[str, Any], rounds: int) -> tuple[float, floa
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     feed = {item.name: row[item.name].numpy() for item in session.get_inputs()}
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     before, seconds = _resident("VmRSS"), []
     for _ in range(rounds + 1):
         begun = time.process_time()

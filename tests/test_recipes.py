@@ -168,9 +168,9 @@ def test_deadlines(folder: Path, port: str) -> None:
 
 
 def test_retry_when_the_server_is_full(folder: Path, port: str) -> None:
-    said = run(folder, program("Retry when the server is full", p50051=port))
-    assert said.endswith(f"drawn: {list(range(8))}\n")
-    assert re.search(r"attempt \d+: QUEUE_FULL, again in \d+\.\d\d s", said), "eight do not fit where six do"
+    printed = run(folder, program("Retry when the server is full", p50051=port))
+    assert printed.endswith(f"drawn: {list(range(8))}\n")
+    assert re.search(r"attempt \d+: QUEUE_FULL, again in \d+\.\d\d s", printed), "the server takes six of eight requests"
 
 
 def test_edit_in_rounds_with_assets(folder: Path, port: str) -> None:

@@ -311,7 +311,7 @@ def test_progress_has_the_remaining_time() -> None:
 
 
 def test_active_requests_wait_for_the_images_of_one_request_with_image_prompts_a_step() -> None:
-    """Others are admitted beside it. If no request is active, nobody waits, and all are admitted together."""
+    """Requests without image prompts are admitted with it. If no request is active, all are admitted together."""
     engine, pipeline, _ = make_engine(QueueLimits(max_admitted=4))
     prompts = (ImagePromptUse("a", ()),)
     running = Caller(engine).submit(num_inference_steps=8)
