@@ -46,7 +46,7 @@ def check_image_prompts(message: pb.TransformRequest, sources: Sources) -> None:
         if not prompt.adapter:
             raise InvalidField(f"{field}.adapter", "no image adapter is named: set one of the model's image_adapters")
         if not prompt.images:
-            raise InvalidField(f"{field}.images", "at least one image is required")
+            raise InvalidField(f"{field}.images", "there is no image; send at least one")
         if total > MOST_IMAGES:
             so_far = f"there are {total}, with those of the image prompts before it" if index else f"there are {total}"
             raise InvalidField(f"{field}.images", f"{so_far}: the maximum is {MOST_IMAGES} in a request")
