@@ -173,6 +173,12 @@ def _small_sd3() -> Any:
     return _with_transformer("sd3", {**shape, "pos_embed_max_size": 32})
 
 
+def _medium_sd3() -> Any:
+    """Stable Diffusion 3's kind with 93 M parameters of transformer, with T5, for small images."""
+    shape = {"num_layers": 8, "attention_head_dim": 64, "num_attention_heads": 9, "caption_projection_dim": 576}
+    return _with_transformer("sd3", {**shape, "pos_embed_max_size": 32})
+
+
 def _small_flux() -> Any:
     """Flux dev's kind with a transformer of two double and four single blocks of 128 features."""
     shape = {"num_layers": 2, "num_single_layers": 4, "attention_head_dim": 64, "num_attention_heads": 2}
@@ -223,6 +229,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "sd3-large": _sd3_large,
     "small-klein": _small_klein,
     "small-sd3": _small_sd3,
+    "medium-sd3": _medium_sd3,
     "small-flux": _small_flux,
     "tiny": _tiny,
 }

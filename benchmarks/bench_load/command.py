@@ -53,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--family",
         choices=FAMILIES,
-        help="serve a small model of this family, with random weights, instead of the demo's; lock and batching then run "
+        help="serve a model of this family, with random weights, instead of the demo's; lock and batching then run "
         "diffusers on PyTorch",
     )
     add("--seed", type=int, default=1, metavar="N", help="seed of the lists (default: %(default)s)")
@@ -69,6 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     logs.mkdir(parents=True, exist_ok=True)
     family = FAMILIES.get(arguments.family)
     chosen = tuple(name for name in arguments.servers if family is None or name in family.servers)
+    if left_out := [name for name in arguments.servers if name not in chosen]:
+        console.print(f"[bench] {arguments.family} cannot run on: {', '.join(left_out)}")
     settings = Settings(chosen, arguments.workloads, arguments.seconds, arguments.rounds, arguments.seed, logs, family)
     try:
         results = asyncio.run(Measurement(settings, console).run())

@@ -1,4 +1,4 @@
-"""Small models of other families for `scripts/bench load --family`: which fields their requests have, and their files."""
+"""Models with random weights for `scripts/bench load --family`: the fields that their requests have, and their files."""
 
 import subprocess
 import sys
@@ -36,6 +36,8 @@ FAMILIES = {
     "sd3": Family("small-sd3", has_negative_prompt=True),
     "flux": Family("small-flux"),
     "klein": Family("small-klein", ("ours", "lock"), has_strength=False, has_guidance=False),
+    "medium-sd3": Family("medium-sd3", has_negative_prompt=True),
+    "medium-klein": Family("klein", ("ours", "lock"), has_strength=False, has_guidance=False),
 }
 """klein's pipeline sees all images of a call as references of each of its prompts, so whole requests cannot be batched."""
 

@@ -15,7 +15,7 @@ from bench_load.families import Family, files_of
 from bench_load.figures import MEASURED, Run
 from bench_load.images import largest_difference, render
 from bench_load.sending import Sender, among, closed_loop, connected, open_loop
-from bench_load.servers import ServerProcess, command, ending
+from bench_load.servers import SERVERS, ServerProcess, command, ending
 from bench_load.trace import Trace, last_part, read_trace
 from bench_load.workloads import (
     SIZES,
@@ -55,6 +55,10 @@ class Settings:
         if self.family is None:
             return command(name)
         return command(name, *files_of(self.family), in_pytorch=True)
+
+    def description(self, name: str) -> str:
+        """What a server is, in words."""
+        return SERVERS[name] if self.family is None else SERVERS[name].replace("optimum's pipeline", "diffusers on PyTorch")
 
     def adapted(self, drawn: Iterable[Job]) -> Iterator[Job]:
         """The jobs as the model takes them."""

@@ -86,7 +86,7 @@ def _draw_throughput(axes: Axes, results: Results, settings: Settings) -> None:
 def _draw_histogram(axes: Axes, trace: Trace, of: str) -> None:
     counted = histogram(trace.calls, of)
     axes.bar(list(counted), list(counted.values()), color=CALL_COLORS["denoise"])
-    axes.set(title=f"saturation, ours: {of} in a UNet call", xlabel=of, ylabel="calls")
+    axes.set(title=f"saturation, ours: {of} in a call of the denoiser", xlabel=of, ylabel="calls")
 
 
 def _draw_timeline(axes: Axes, calls: Sequence[Call]) -> None:

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from bench_load.figures import Figures, Run, summarize
 from bench_load.measuring import Results, Settings
-from bench_load.servers import SERVERS
 from bench_load.trace import Trace, histogram, idle_share
 from bench_load.workloads import WORKLOADS
 
@@ -57,7 +56,7 @@ def print_tables(results: Results, settings: Settings, console: Console) -> None
     for name in settings.workloads:
         console.print(f"{name}: {WORKLOADS[name].title}")
     for name in settings.servers:
-        console.print(f"{name}: {SERVERS[name]}; its images differ by at most {results.differences[name]}/255")
+        console.print(f"{name}: {settings.description(name)}; its images differ by at most {results.differences[name]}/255")
     if results.trace is not None:
         for name, value in trace_figures(results.trace).items():
             console.print(f"trace of saturation: {name}: {value}")
@@ -69,8 +68,8 @@ def trace_figures(trace: Trace) -> dict[str, Any]:
     for call in trace.calls:
         totals[call.name] += call.seconds
     return {
-        "rows in a UNet call -> calls": histogram(trace.calls, "rows"),
-        "requests in a UNet call -> calls": histogram(trace.calls, "requests"),
+        "rows in a call of the denoiser -> calls": histogram(trace.calls, "rows"),
+        "requests in a call of the denoiser -> calls": histogram(trace.calls, "requests"),
         "share of time without a model call": round(idle_share(trace.calls), 4),
         "seconds by call": {name: round(value, 3) for name, value in totals.items()},
         "caches": trace.caches,

@@ -13,7 +13,7 @@ DEVICE_CALLS = ("prepare", "denoise", "preview", "finish")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of the engine. Times are on the trace's clock in seconds; `rows` are those of a UNet call."""
+    """One call of the engine. Times are on the trace's clock in seconds; `rows` are those of a call of the denoiser."""
 
     name: str
     start: float
