@@ -5,8 +5,7 @@ import threading
 from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar, Unpack
 
-from img2img_client import AsyncClient, AsyncTransformStream, TransformEvent, TransformOptions
-from img2img_client.options import ImageInput
+from img2img_client import AsyncClient, AsyncTransformStream, ImageInput, TransformEvent, TransformOptions
 
 _Result = TypeVar("_Result")
 _PATIENCE = 60.0

@@ -36,6 +36,7 @@ from img2img_client.values import (
     EngineStatus,
     FieldInfo,
     ImageFormat,
+    ImageInput,
     ImagePrompt,
     LoraInfo,
     ModelInfo,
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from img2img_client.async_client import AsyncClient
     from img2img_client.async_stream import AsyncTransformStream
     from img2img_client.client import Client
-    from img2img_client.options import Fit, ImageInput, TransformOptions, taken_options
+    from img2img_client.options import Fit, TransformOptions, taken_options
     from img2img_client.outpainting import Margins, expand
     from img2img_client.provenance import read_provenance, recorded_options
     from img2img_client.stream import TransformStream
@@ -121,7 +122,6 @@ _LAZY = {
     "Client": "img2img_client.client",
     "TransformStream": "img2img_client.stream",
     "Fit": "img2img_client.options",
-    "ImageInput": "img2img_client.options",
     "TransformOptions": "img2img_client.options",
     "Margins": "img2img_client.outpainting",
     "expand": "img2img_client.outpainting",

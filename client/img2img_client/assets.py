@@ -14,9 +14,9 @@ from img2img.v1 import asset_pb2
 from img2img_client.async_calls import AsyncStop, converted_errors, finish_async
 from img2img_client.calls import Metadata, finish
 from img2img_client.errors import Damaged, Img2ImgError, Unavailable
-from img2img_client.options import ADDRESS_SCHEMES, ImageInput, read_file
+from img2img_client.options import ADDRESS_SCHEMES, read_file
 from img2img_client.responses import parse_asset, parse_error, parse_request_id
-from img2img_client.values import Asset
+from img2img_client.values import Asset, ImageInput
 
 CHUNK_BYTES = 512 * 1024
 """Size of an upload message; 256 KiB to 1 MiB measured fastest."""

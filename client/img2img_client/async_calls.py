@@ -58,7 +58,7 @@ class AsyncCaller:
 
     def begin(self, procedure: str, timeout: float | None, *, safe: bool = True, request_id: str | None = None) -> StartedCall:
         """Starts a call, like `Caller.begin`."""
-        require_open(self.stop)
+        require_open(self.stop.is_set)
         return self.settings.begin(procedure, timeout, safe=safe, request_id=request_id)
 
     async def unary(

@@ -22,7 +22,7 @@ from img2img_client.batch import BatchItem
 from img2img_client.calls import require_open
 from img2img_client.channel import Access
 from img2img_client.errors import Img2ImgError
-from img2img_client.options import ImageInput, TransformOptions, build_request
+from img2img_client.options import TransformOptions, build_request
 from img2img_client.requests import (
     HEALTH_REQUEST,
     HEALTH_SERVING,
@@ -36,7 +36,16 @@ from img2img_client.requests import (
 from img2img_client.responses import parse_model, parse_result
 from img2img_client.retry import RetryPolicy
 from img2img_client.stream_state import StreamState
-from img2img_client.values import DEFAULT_TARGET, Asset, BatchResult, LoraInfo, ModelInfo, ModelReference, TransformResult
+from img2img_client.values import (
+    DEFAULT_TARGET,
+    Asset,
+    BatchResult,
+    ImageInput,
+    LoraInfo,
+    ModelInfo,
+    ModelReference,
+    TransformResult,
+)
 
 if TYPE_CHECKING:
     from grpc import aio
@@ -197,7 +206,7 @@ class AsyncClient:
 
     @property
     def _open(self) -> "_Opened":
-        require_open(self._caller.stop)  # gRPC crashes if a stub is created on a closed channel.
+        require_open(self._caller.stop.is_set)  # gRPC crashes if a stub is created on a closed channel.
         if self._opened.loop is not asyncio.get_running_loop():
             raise RuntimeError("this AsyncClient is bound to another event loop: create one client per event loop")
         return self._opened

@@ -11,10 +11,10 @@ from img2img.v1 import image_to_image_pb2 as messages
 
 from img2img_client.calls import StartedCall
 from img2img_client.errors import Img2ImgError, ServerFailed, Unavailable
-from img2img_client.options import ImageInput, TransformOptions, build_request
+from img2img_client.options import TransformOptions, build_request
 from img2img_client.responses import parse_error, parse_result, parse_status
 from img2img_client.retry import Stop, wait_again
-from img2img_client.values import BatchResult
+from img2img_client.values import BatchResult, ImageInput
 
 if TYPE_CHECKING:
     from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub

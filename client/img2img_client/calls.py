@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -13,9 +13,6 @@ from img2img_client.errors import Img2ImgError
 from img2img_client.responses import REQUEST_ID, parse_error, parse_request_id
 from img2img_client.retry import Attempts, RetryPolicy, Stop, wait_again
 from img2img_client.tracing import CallSpan
-
-if TYPE_CHECKING:
-    from img2img_client.async_calls import AsyncStop
 
 Metadata = tuple[tuple[str, str], ...]
 """A call's metadata in gRPC's format."""
@@ -106,7 +103,7 @@ class Caller:
 
     def begin(self, procedure: str, timeout: float | None, *, safe: bool = True, request_id: str | None = None) -> StartedCall:
         """Starts a call, like `CallSettings.begin`. Raises ValueError if the client is closed."""
-        require_open(self.stop)
+        require_open(self.stop.is_set)
         return self.settings.begin(procedure, timeout, safe=safe, request_id=request_id)
 
     def unary(
@@ -154,9 +151,9 @@ class Caller:
                     return result, answered
 
 
-def require_open(stop: "Stop | AsyncStop") -> None:
+def require_open(is_closed: bool) -> None:
     """Raises ValueError if a client is closed, like a closed file."""
-    if stop.is_set:
+    if is_closed:
         raise ValueError("the client is closed")
 
 

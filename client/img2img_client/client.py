@@ -15,7 +15,7 @@ from img2img_client.batch import BatchItem
 from img2img_client.calls import Caller, require_open
 from img2img_client.channel import Access
 from img2img_client.errors import Img2ImgError
-from img2img_client.options import ImageInput, TransformOptions, build_request
+from img2img_client.options import TransformOptions, build_request
 from img2img_client.requests import (
     HEALTH_REQUEST,
     HEALTH_SERVING,
@@ -30,7 +30,16 @@ from img2img_client.responses import parse_error, parse_model, parse_result
 from img2img_client.retry import RetryPolicy, Stop
 from img2img_client.stream import TransformStream
 from img2img_client.stream_state import StreamState
-from img2img_client.values import DEFAULT_TARGET, Asset, BatchResult, LoraInfo, ModelInfo, ModelReference, TransformResult
+from img2img_client.values import (
+    DEFAULT_TARGET,
+    Asset,
+    BatchResult,
+    ImageInput,
+    LoraInfo,
+    ModelInfo,
+    ModelReference,
+    TransformResult,
+)
 
 
 class Client:
@@ -197,7 +206,7 @@ class Client:
         Connects first if the server is not running yet. Raises Unavailable if the connection breaks, DeadlineExceeded after
         `timeout` seconds. Source: grpc.health.v1.
         """
-        require_open(self._caller.stop)
+        require_open(self._caller.stop.is_set)
         watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(HEALTH_WATCH)
         settings = self._caller.settings
         call = watch(HEALTH_REQUEST, timeout=settings.seconds(timeout), metadata=settings.metadata, wait_for_ready=True)

@@ -3,23 +3,17 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, Union, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, get_args
 
 from img2img.v1 import image_to_image_pb2 as messages
 
-from img2img_client.values import Asset, Control, ImageFormat, ImagePrompt, Level, ModelInfo, ModelReference
+from img2img_client.values import Asset, Control, ImageFormat, ImageInput, ImagePrompt, Level, ModelInfo, ModelReference
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Maximum bytes of one request message."""
-
-ImageInput: TypeAlias = Union[str, os.PathLike[str], bytes, "Image.Image", Asset]
-"""A source image: a file's path, a file's bytes, a Pillow image, an Asset, or an address that the server reads.
-
-A str that begins with one of ADDRESS_SCHEMES is an address; any other str is a path.
-"""
 
 ADDRESS_SCHEMES = ("data:", "asset:", "https://", "http://", "file://")
 """Prefixes of addresses. The server's settings control which of them it reads; "data:" and "asset:" always work."""

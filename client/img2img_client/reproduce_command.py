@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from img2img_client.connection import add_connection_flags, connect, target_of
 from img2img_client.reporting import attempt, print_error, retry_report
-from img2img_client.values import Control, ImagePrompt
+from img2img_client.values import Control, ImageInput, ImagePrompt
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from img2img_client.options import ImageInput, TransformOptions
+    from img2img_client.options import TransformOptions
 
 PROGRAM = "img2img reproduce"
 

@@ -15,10 +15,19 @@ from typing import TYPE_CHECKING, Any, get_args
 from img2img_client.connection import add_connection_flags, connect, target_of
 from img2img_client.output import Output, plan_output
 from img2img_client.reporting import attempt, print_error, retry_report
-from img2img_client.values import Completed, Control, ImagePrompt, Level, ModelReference, TransformEvent, TransformResult
+from img2img_client.values import (
+    Completed,
+    Control,
+    ImageInput,
+    ImagePrompt,
+    Level,
+    ModelReference,
+    TransformEvent,
+    TransformResult,
+)
 
 if TYPE_CHECKING:
-    from img2img_client.options import Fit, ImageInput, TransformOptions
+    from img2img_client.options import Fit, TransformOptions
     from img2img_client.outpainting import Margins
     from img2img_client.progress import Show
 

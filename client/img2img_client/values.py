@@ -1,15 +1,14 @@
 """Inputs and results as frozen dataclasses, independent of gRPC."""
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from img2img_client.options import ImageInput
 
 DEFAULT_TARGET = "localhost:50051"
 """The default address of `img2img serve`."""
@@ -198,6 +197,13 @@ class Asset:
     def uri(self) -> str:
         """The address, which the server accepts as a source image."""
         return f"asset:{self.id}"
+
+
+ImageInput: TypeAlias = Union[str, os.PathLike[str], bytes, "Image.Image", Asset]
+"""A source image: a file's path, a file's bytes, a Pillow image, an Asset, or an address that the server reads.
+
+A str that begins with one of `options.ADDRESS_SCHEMES` is an address; any other str is a path.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,6 +157,6 @@ def _backend(config: "ServerConfig") -> "Backend":
 
 
 if __name__ == "__main__":
-    from img2img_cli.__main__ import main
-
-    sys.exit(main(["serve", *sys.argv[1:]]))
+    _parser = argparse.ArgumentParser("img2img serve")
+    configure(_parser)
+    sys.exit(run(_parser.parse_args()))

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img_cli.__main__ import main
 from img2img_server.config import TelemetrySettings
-from img2img_server.tools.top import History, MetricsError, ModelView, Snapshot, compare, parse
+from img2img_server.tools.top_metrics import History, MetricsError, ModelView, Snapshot, compare, parse
 from img2img_server.tools.top_view import draw
 from messages import failure, request
 from rich.console import Console

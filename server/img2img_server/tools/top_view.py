@@ -1,21 +1,17 @@
 """The screen of `img2img top`: draws a snapshot as rich tables."""
 
-from typing import TYPE_CHECKING
-
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from img2img_server.telemetry.logs import escape
-
-if TYPE_CHECKING:  # top.py imports this module when it draws
-    from img2img_server.tools.top import ModelView, Snapshot
+from img2img_server.tools.top_metrics import ModelView, Snapshot
 
 _NOTHING = "-"
 _STATES = {"ready": "green", "loading": "yellow", "failed": "red"}
 
 
-def draw(snapshot: "Snapshot", problem: str = "") -> RenderableType:
+def draw(snapshot: Snapshot, problem: str = "") -> RenderableType:
     """The whole screen. `problem` is the error of the last reading, if any."""
     parts: list[RenderableType] = [_head(snapshot), Text(), _summary(snapshot), Text(), _models(snapshot.models)]
     parts += [Text(), _stages(snapshot.models)]
@@ -24,12 +20,12 @@ def draw(snapshot: "Snapshot", problem: str = "") -> RenderableType:
     return Group(*parts)
 
 
-def _head(snapshot: "Snapshot") -> Text:
+def _head(snapshot: Snapshot) -> Text:
     up = "" if snapshot.uptime is None else f", up {_duration(snapshot.uptime)}"
     return _text(f"img2img {snapshot.version} at {snapshot.url}{up}, last {snapshot.seconds:.0f} s", "bold")
 
 
-def _summary(snapshot: "Snapshot") -> Table:
+def _summary(snapshot: Snapshot) -> Table:
     work = snapshot.work_seconds
     hits = _NOTHING if snapshot.cache_hits is None else f"{snapshot.cache_hits:.0%}"
     rates = [f"{status} {rate:.1f}" for status, rate in sorted(snapshot.requests_per_second.items(), key=_ok_first)]
@@ -49,7 +45,7 @@ def _summary(snapshot: "Snapshot") -> Table:
     return table
 
 
-def _models(models: "tuple[ModelView, ...]") -> Table:
+def _models(models: tuple[ModelView, ...]) -> Table:
     table = _table("model", "state", "engine", "memory", "images/s", "step ms", "rows", "requests", names=3)
     for model in models:
         table.add_row(
@@ -65,7 +61,7 @@ def _models(models: "tuple[ModelView, ...]") -> Table:
     return table
 
 
-def _stages(models: "tuple[ModelView, ...]") -> Table:
+def _stages(models: tuple[ModelView, ...]) -> Table:
     stages = list(dict.fromkeys(stage for model in models for stage in model.stages))
     table = _table("transforms", *(f"{stage} s" for stage in stages), names=1)
     for model in models:
