@@ -25,7 +25,7 @@ from fakes import FakePipeline
 from img2img_server.access import tokens
 from img2img_server.access.tokens import Token
 from img2img_server.config import AssetSettings, ImageAdapterFolder, TlsSettings
-from img2img_server.images.squares import centered_square
+from img2img_server.images.sizes import centered_square
 from img2img_server.models.registry import ModelRegistry
 from PIL import Image
 from prompting import ADAPTERS, SIDE, image_encoder, model, write_adapters

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from img2img_export.verify.images import sample_image
 from img2img_server.bundle.image_adapters import ImageAdapterFiles
 from img2img_server.engine.request import ImagePromptUse
-from img2img_server.images.squares import centered_square
+from img2img_server.images.sizes import centered_square
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from tiny_image_encoders import SIDE

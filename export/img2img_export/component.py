@@ -56,8 +56,16 @@ from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
 from img2img_export.read.checkpoint import DENOISERS
 from img2img_export.verify import control_cases, lora_cases, seeing_cases, token_cases, vision_cases
-from img2img_export.verify.light_cases import light_cases
-from img2img_export.verify.parity import Case, compare, make_cases, open_fused, open_graph, problems_of, takes_any_size
+from img2img_export.verify.parity import (
+    Case,
+    compare,
+    light_cases,
+    make_cases,
+    open_fused,
+    open_graph,
+    problems_of,
+    takes_any_size,
+)
 from img2img_export.verify.recorded_inputs import VAE, Calls
 
 

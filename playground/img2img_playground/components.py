@@ -1,11 +1,12 @@
-"""Two Vue components that NiceGUI does not provide; their JavaScript is beside this file."""
+"""Elements that NiceGUI does not provide: two Vue components, whose JavaScript is beside this file, and a thumbnail."""
 
 from collections.abc import Callable
 
+from nicegui import ui
 from nicegui.element import Element
 from nicegui.events import GenericEventArguments
 
-from img2img_playground.images import FORMATS, MAX_BYTES
+from img2img_playground.images import FORMATS, MAX_BYTES, ImageFile
 
 
 class ImageStage(Element, component="image_stage.js"):
@@ -81,3 +82,11 @@ class ImagePicker(Element, component="image_picker.js"):
         if self.props["compact"] != compact:
             self.props["compact"] = compact
             self.update()
+
+
+def thumbnail(image: ImageFile, address: Callable[[str], str], remove: Callable[[ImageFile], None]) -> None:
+    """Adds the image to the element that is being built. `address` maps its id to its address."""
+    with ui.element("div").classes("reference"):
+        ui.element("img").props.update({"src": address(image.id), "alt": image.name})
+        button = ui.button(icon="close", on_click=lambda: remove(image)).props("flat round dense")
+        button.props["aria-label"] = f"Remove {image.name}"

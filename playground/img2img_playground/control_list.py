@@ -5,12 +5,11 @@ from dataclasses import replace
 
 from nicegui import ui
 
-from img2img_playground.components import ImagePicker
+from img2img_playground.components import ImagePicker, thumbnail
 from img2img_playground.extras import ControlImage, control_numbers, most_controls, names_controlnets
 from img2img_playground.images import ImageFile
 from img2img_playground.number_control import NumberControl
 from img2img_playground.session import Session
-from img2img_playground.thumbnail import thumbnail
 
 
 class ControlList:

@@ -10,8 +10,8 @@ from img2img_playground.image_prompts import PromptImages, most_prompts
 from img2img_playground.images import ImageFile
 
 if TYPE_CHECKING:
-    from img2img_client.options import ImageInput, TransformOptions
-    from img2img_client.values import ModelInfo
+    from img2img_client.options import TransformOptions
+    from img2img_client.values import ImageInput, ModelInfo
 
 
 @dataclass(frozen=True, slots=True)

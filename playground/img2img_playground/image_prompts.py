@@ -9,8 +9,7 @@ from img2img_client import ImagePrompt
 from img2img_playground.images import ImageFile
 
 if TYPE_CHECKING:
-    from img2img_client.options import ImageInput
-    from img2img_client.values import ModelInfo
+    from img2img_client.values import ImageInput, ModelInfo
 
 DEFAULT_SCALE = 1.0
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 
 from nicegui import ui
 
-from img2img_playground.components import ImagePicker
+from img2img_playground.components import ImagePicker, thumbnail
 from img2img_playground.image_prompts import DEFAULT_SCALE, PromptImages, most_prompt_images, most_prompts
 from img2img_playground.images import ImageFile
 from img2img_playground.number_control import NumberControl
 from img2img_playground.session import Session
-from img2img_playground.thumbnail import thumbnail
 
 
 @dataclass(frozen=True, slots=True)

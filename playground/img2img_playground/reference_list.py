@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 from nicegui import ui
 
-from img2img_playground.components import ImagePicker
+from img2img_playground.components import ImagePicker, thumbnail
 from img2img_playground.images import ImageFile
 from img2img_playground.session import Session
-from img2img_playground.thumbnail import thumbnail
 
 
 class ReferenceList:

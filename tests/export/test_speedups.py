@@ -15,8 +15,7 @@ from img2img_export.convert.tracing import trace
 from img2img_export.progress import Progress
 from img2img_export.verify import speedups as measuring
 from img2img_export.verify import token_cases
-from img2img_export.verify.light_cases import light_cases
-from img2img_export.verify.parity import compare, open_graph
+from img2img_export.verify.parity import compare, light_cases, open_graph
 from img2img_export.verify.recorded_inputs import Calls
 from img2img_server.bundle.manifest import LIMITS, read_manifest
 from img2img_server.bundle.speedups import FEATURES, LIGHT_NAME, Speedup

@@ -9,8 +9,7 @@ import torch
 from drawing import load
 from img2img_server.bundle.controls import DOWN, is_residual
 from img2img_server.bundle.image_prompts import BIAS, STATES, layer_widths, states_width
-from img2img_server.runtime.onnx.control_inputs import missing_inputs, needs_control_graph
-from img2img_server.runtime.onnx.modules import OnnxDenoiser
+from img2img_server.runtime.onnx.modules import OnnxDenoiser, missing_inputs, needs_control_graph
 
 Get = Callable[[str], Path]
 

@@ -16,7 +16,7 @@ from img2img_server.backends.local import local
 from img2img_server.bundle.image_encoders import FAMILY, EncoderWidths
 from img2img_server.bundle.manifest import read_manifest
 from img2img_server.errors import BundleError, InvalidField, ModelNotLoaded
-from img2img_server.images.squares import centered_square
+from img2img_server.images.sizes import centered_square
 from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.runtime.companions import Companions
 from img2img_server.runtime.control.nets import ControlNet

@@ -28,7 +28,7 @@ from img2img_server.bundle.image_encoders import FAMILY, EncoderWidths
 from img2img_server.config import AssetSettings, ImageAdapterFolder
 from img2img_server.engine.request import ImagePromptUse
 from img2img_server.images import ImageLimits
-from img2img_server.images.squares import centered_square
+from img2img_server.images.sizes import centered_square
 from img2img_server.models.registry import Model, ModelRegistry
 from img2img_server.support.model_fields import IMAGE_PROMPTS
 from kserve_calls import client_of as kserve_client

@@ -14,8 +14,7 @@ import pytest
 import torch
 from covering import covering
 from diffusers import StableDiffusionImg2ImgPipeline
-from img2img_server.runtime.schedulers.building import build, read
-from img2img_server.runtime.schedulers.registry import FLOW_NAMES, NAMES, find, make, supported
+from img2img_server.runtime.schedulers.registry import FLOW_NAMES, NAMES, build, find, make, read, supported
 
 # Of few timesteps, because diffusers' KDPM2 walks through all of them, slowly, where it is made.
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 60}

@@ -6,13 +6,14 @@ images. Samples in a batch have different timesteps, which the server relies on.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from img2img_server.bundle.manifest import AccuracyLimits, ComponentParity
+from img2img_server.bundle.speedups import FEATURES
 from img2img_server.runtime.common.pipe import fits_any_size
 
 from img2img_export.convert.emulation import open_emulated
@@ -251,3 +252,14 @@ def _random_ids(config: Any, ids: torch.Tensor, generator: torch.Generator, pool
 def _size(inputs: Tensors) -> str:
     first = next(iter(inputs.values()))
     return " x ".join(map(str, first.shape[2:] if first.ndim > 3 else first.shape[1:2]))
+
+
+def light_cases(part: Part, cases: list[Case]) -> tuple[Part, list[Case]]:
+    """The light graph's description and its comparisons: on features of the same inputs, its output is the whole graph's."""
+    made = []
+    for case in cases:
+        expected = {name: value for name, value in case.expected.items() if name != FEATURES}
+        features = torch.from_numpy(np.ascontiguousarray(case.expected[FEATURES]))
+        made.append(replace(case, inputs={**case.inputs, FEATURES: features}, expected=expected))
+    outputs = {name: axes for name, axes in part.outputs.items() if name != FEATURES}
+    return replace(part, inputs={**part.inputs, FEATURES: part.outputs[FEATURES]}, outputs=outputs), made

@@ -16,7 +16,7 @@ from img2img_server import images
 from img2img_server.codecs import structure
 from img2img_server.errors import InvalidField, StorageFailed, root_of
 from img2img_server.images import ImageLimits, MaskRule, SizeRule, WriteFormat
-from img2img_server.images.squares import centered_square, size_before_cut
+from img2img_server.images.sizes import centered_square, size_before_cut
 from img2img_server.support.source_rule import EDITED, STRETCHED, SourceRule
 
 Reserve = Callable[[int, float], None]

@@ -1,4 +1,4 @@
-"""Limits of image sizes, and the rules that determine a result's size."""
+"""Limits of image sizes, the rules that determine a result's size, and sources resized as the model gets them."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,10 @@ from PIL import Image
 from img2img_server.errors import InvalidField
 from img2img_server.settings.setting import setting
 from img2img_server.support.source_rule import SourceRule
+
+_MOST_RATIO = 64
+"""The largest ratio of an image's sides that `centered_square` resizes. The ends of longer images are cut off first, to bound
+memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +136,30 @@ def prepare(image: Image.Image, size: tuple[int, int], model: SourceRule, limits
     if image.size == size:
         return image
     return image.resize(size, Image.Resampling[model.resampling], reducing_gap=model.reducing_gap)
+
+
+def centered_square(image: Image.Image, side: int) -> Image.Image:
+    """The middle of an RGB image, [side, side], as transformers' CLIPImageProcessor makes it: the shorter side is resized to
+    `side` (bicubic), and the ends of the longer one are cut off."""
+    resized = _middle(image, *_bounded(image.size)).resize(size_before_cut(image.size, side), Image.Resampling.BICUBIC)
+    return _middle(resized, side, side)
+
+
+def size_before_cut(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """The size that an image of that size is resized to before its ends are cut off."""
+    width, height = _bounded(size)
+    longer = int(side * max(width, height) / min(width, height))
+    return (side, longer) if width <= height else (longer, side)
+
+
+def _bounded(size: tuple[int, int]) -> tuple[int, int]:
+    width, height = size
+    longest = _MOST_RATIO * min(size)
+    return min(width, longest), min(height, longest)
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from img2img_server.bundle.image_encoders import EMBEDS, PIXELS, STATES, widths_of
 from img2img_server.errors import BundleError
-from img2img_server.images.squares import centered_square
+from img2img_server.images.sizes import centered_square
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.torch_calls import torch_call
 from img2img_server.runtime.companions import Companion, Companions

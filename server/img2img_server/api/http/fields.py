@@ -8,7 +8,7 @@ from typing import Any
 from img2img.v1 import image_to_image_pb2 as pb
 
 from img2img_server.api.fidelity import put_fidelity
-from img2img_server.api.http import controls, image_prompts
+from img2img_server.api.http import json_lists
 from img2img_server.api.http.forms import Part, shown
 from img2img_server.api.image_prompts import add_images
 from img2img_server.api.loras import loras_from
@@ -18,7 +18,7 @@ from img2img_server.errors import InvalidField
 from img2img_server.images import MAX_BLUR
 from img2img_server.sources.reading import begins_as_address
 
-_LISTS = ("image[]", f"{controls.IMAGES}[]", f"{image_prompts.IMAGES}[]")
+_LISTS = ("image[]", f"{json_lists.CONTROL_IMAGES}[]", f"{json_lists.PROMPT_IMAGES}[]")
 """Names of fields that may be sent more than once, as OpenAI's clients write them."""
 _WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
@@ -77,7 +77,7 @@ class FormField:
 def read(parts: Sequence[Part], variation: bool) -> Draft:
     """Reads a request from a form. A `variation` needs no prompt. Raises InvalidField for the first invalid field."""
     draft, seen = Draft(), set[str]()
-    listed: dict[str, list[pb.ImageSource]] = {controls.IMAGES: [], image_prompts.IMAGES: []}
+    listed: dict[str, list[pb.ImageSource]] = {json_lists.CONTROL_IMAGES: [], json_lists.PROMPT_IMAGES: []}
     for part in parts:
         name = part.name.removesuffix("[]") if part.name in _LISTS else part.name
         if name == "image":
@@ -96,8 +96,8 @@ def read(parts: Sequence[Part], variation: bool) -> Draft:
         else:
             raise InvalidField(shown(name), _UNSUPPORTED.get(name, "unknown field: /openapi.json lists the fields"))
         seen.add(name)
-    controls.add_images(draft.message.controls, listed[controls.IMAGES])
-    add_images(draft.message.image_prompts, listed[image_prompts.IMAGES], image_prompts.IMAGES)
+    json_lists.add_control_images(draft.message.controls, listed[json_lists.CONTROL_IMAGES])
+    add_images(draft.message.image_prompts, listed[json_lists.PROMPT_IMAGES], json_lists.PROMPT_IMAGES)
     _fill(draft, variation)
     return draft
 
@@ -162,11 +162,11 @@ def _put_loras(draft: Draft, name: str, value: str) -> None:
 
 
 def _put_controls(draft: Draft, name: str, value: str) -> None:
-    draft.message.controls.extend(controls.read_controls(value))
+    draft.message.controls.extend(json_lists.read_controls(value))
 
 
 def _put_image_prompts(draft: Draft, name: str, value: str) -> None:
-    draft.message.image_prompts.extend(image_prompts.read_image_prompts(value))
+    draft.message.image_prompts.extend(json_lists.read_image_prompts(value))
 
 
 def _put_fidelity(draft: Draft, name: str, value: str) -> None:
@@ -348,8 +348,8 @@ FIELDS = (
         {"type": "string"},
         "ControlNets of the server that the result follows: ID, ID:SCALE, ID:SCALE:START, ID:SCALE:START:END or "
         "ID:SCALE:START:END:MODE, several separated by commas; or a JSON list of objects with model, image (an address), scale, "
-        f"start, end and control_mode. The images of those without an address are sent as {controls.IMAGES}. Not needed for "
-        "models with a built-in control input, which take an empty ID, as in :0.5. Default: none",
+        f"start, end and control_mode. The images of those without an address are sent as {json_lists.CONTROL_IMAGES}. Not "
+        "needed for models with a built-in control input, which take an empty ID, as in :0.5. Default: none",
         True,
     ),
     FormField(
@@ -358,7 +358,7 @@ FIELDS = (
         {"type": "string"},
         "Image adapters (IP-Adapters) of the server, which read images that the result follows: ID or ID:SCALE, several "
         "separated by commas; or a JSON list of objects with adapter, images (addresses) and scale. The images of those "
-        f"without addresses are sent as {image_prompts.IMAGES}: all for the only one, or one for each. Default: none",
+        f"without addresses are sent as {json_lists.PROMPT_IMAGES}: all for the only one, or one for each. Default: none",
         True,
     ),
     FormField(

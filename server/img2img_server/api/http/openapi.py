@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from img2img_server.api.http import controls, image_prompts
+from img2img_server.api.http import json_lists
 from img2img_server.api.http.exchange import EVENTS, JSON, TIMEOUT, Exchange
 from img2img_server.api.http.fields import FIELDS, FormField
 from img2img_server.support import distribution
@@ -140,7 +140,7 @@ def page() -> str:
 
 def _form(summary: str, required: list[str]) -> dict[str, Any]:
     images = {"image": _IMAGE_FIELD, "mask": _MASK_FIELD}
-    images |= {controls.IMAGES: _CONTROL_IMAGE_FIELD, image_prompts.IMAGES: _PROMPT_IMAGE_FIELD}
+    images |= {json_lists.CONTROL_IMAGES: _CONTROL_IMAGE_FIELD, json_lists.PROMPT_IMAGES: _PROMPT_IMAGE_FIELD}
     properties = {**images, **{one.name: _schema(one) for one in FIELDS}}
     schema = {"type": "object", "required": required, "properties": properties}
     headers = [

@@ -25,7 +25,7 @@ from img2img_server.runtime.lora.graph import AdaptedGraph, Unadapted
 from img2img_server.runtime.onnx.modules import Graph, LaterGraph, OnnxDenoiser, OnnxTextEncoder, OnnxVae, read_config
 from img2img_server.runtime.onnx.runners import CONTROL_RUNNER, LIGHT_RUNNER, LORA_RUNNER, Make
 from img2img_server.runtime.onnx.vision import TOWER, OnnxSeeingTextEncoder
-from img2img_server.runtime.schedulers import building
+from img2img_server.runtime.schedulers import registry
 
 _log = logging.getLogger(__name__)
 
@@ -299,7 +299,7 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype, weight_format: WeightForm
         settings["trust_remote_code"] = False
     try:
         if inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin):
-            return building.read(kind, folder)
+            return registry.read(kind, folder)
         with within(folder.glob("*.safetensors")):
             return kind.from_pretrained(folder, **settings)
     except LOAD_ERRORS as error:

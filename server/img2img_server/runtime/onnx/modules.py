@@ -17,15 +17,15 @@ from typing import Any, Self
 
 import torch
 
-from img2img_server.bundle.controls import DOWN
+from img2img_server.bundle.controls import DOWN, MID, SAMPLES, is_residual
 from img2img_server.bundle.files import MOST_LAYERS
+from img2img_server.bundle.image_prompts import BIAS, STATES
 from img2img_server.bundle.speedups import FEATURES
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.diffusers_import import FrozenDict, diffusers
 from img2img_server.runtime.common.pipe import parts
 from img2img_server.runtime.common.vae import LATENT_STATISTICS, BoundedVae, output_of
-from img2img_server.runtime.onnx.control_inputs import missing_inputs, needs_control_graph
 from img2img_server.runtime.onnx.runners import Later, Runner, dtype_of, open_for
 from img2img_server.runtime.onnx.token_graphs import GRAPHS, TokenGraph
 from img2img_server.support.device_lock import DEVICE_IN_USE
@@ -34,7 +34,7 @@ _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
 """The order of the outputs of transformers' text encoders."""
 
 
-_STATES = "hidden_states."
+_HIDDEN_STATES = "hidden_states."
 """The names of hidden states begin with it, and end with their index."""
 
 _UNET_FORM = (0, "return_dict", "sample", "timestep", "encoder_hidden_states", "timestep_cond", "added_cond_kwargs")
@@ -322,7 +322,7 @@ def _transformers_config(folder: Path) -> Any:
 
 def _state_names(outputs: Sequence[str], config: Any, folder: Path) -> list[str]:
     """The names of all hidden states of a text encoder, of which a language model's graph may lack some; empty if it has none."""
-    found = [name for name in outputs if name.startswith(_STATES)]
+    found = [name for name in outputs if name.startswith(_HIDDEN_STATES)]
     if not found:
         return []
     known: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
@@ -330,7 +330,7 @@ def _state_names(outputs: Sequence[str], config: Any, folder: Path) -> list[str]
     layers = of_text.get("num_hidden_layers", len(found) - 1) if isinstance(of_text, Mapping) else None
     if not isinstance(layers, int) or layers > MOST_LAYERS:
         raise BundleError(f"{folder / 'config.json'}: num_hidden_layers is {layers!r}, not a number up to {MOST_LAYERS}")
-    names = [f"{_STATES}{index}" for index in range(layers + 1)]
+    names = [f"{_HIDDEN_STATES}{index}" for index in range(layers + 1)]
     if missing := set(found) - set(names):
         raise BundleError(f"{folder}: the graph has '{min(missing)}', and its config.json has {layers} layers")
     return names
@@ -366,3 +366,28 @@ def _flatten(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         elif isinstance(value, Mapping):
             tensors |= _flatten(value)
     return tensors
+
+
+def needs_control_graph(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a denoiser's call with these inputs is one of the control graph."""
+    return MID in tensors or SAMPLES in tensors or STATES in tensors
+
+
+def missing_inputs(
+    types: Mapping[str, torch.dtype], widths: Mapping[str, int], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Zeros for the inputs of a control graph that a call with `tensors` lacks; `types` and `widths` are its `input_types` and
+    `widths`.
+
+    They add exactly 0. Residuals have one place, [rows, C, 1, 1], which is added to all; image prompts have one adapter with one
+    token.
+    """
+    first = next(iter(tensors.values()))
+    ends: dict[str, tuple[int, ...]] = {name: (width, 1, 1) for name, width in widths.items() if is_residual(name)}
+    if STATES in types:
+        ends |= {STATES: (1, 1, widths[STATES]), BIAS: (1, 1)}
+    return {
+        name: first.new_zeros(len(first), *end, dtype=types[name])
+        for name, end in ends.items()
+        if name in types and name not in tensors
+    }
