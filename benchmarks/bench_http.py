@@ -1,4 +1,5 @@
-"""What OpenAI's image API over HTTP adds to a request over gRPC: the same edits of a fake model, in turns, from one client.
+"""The time that OpenAI's image API over HTTP adds to a request, compared with gRPC: the same edits of a fake model, in turns,
+from one client.
 
 Each side has one open connection. Over HTTP the client also makes the form and decodes the base64: both end with the file.
 """

@@ -74,7 +74,7 @@ def _with_prompts(pipeline: Any, rows: int, adapters: int, tokens: int) -> Any:
 
 
 def _adapter(widths: int, text: int, ins: int, tokens: int) -> Callable[[], Any]:
-    """What a request does once for an image, after the image encoder: a plain adapter with weights in fp16."""
+    """The work per image and request after the image encoder: a plain adapter with weights in fp16."""
     import torch
     from img2img_server.bundle.image_adapters import AdapterNeeds, PromptKind
     from img2img_server.runtime.image_prompts.projection import Projection

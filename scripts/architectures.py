@@ -110,7 +110,7 @@ _KEYS_HEAD = """\
 
 
 def keys(becomes: Mapping[str, str]) -> str:
-    """The table of diffusers' keys. `becomes` says what bundles of a class become; what is not there is refused, with a reason.
+    """The table of diffusers' keys. `becomes` has the kind of bundle of each class; other classes are refused, with a reason.
 
     Raises ValueError for a class that was neither exported nor is refused.
     """

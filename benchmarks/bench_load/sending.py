@@ -43,13 +43,13 @@ class Record:
     latency: float = 0.0
     """From when it was sent (in an open loop: from when it was due) to the whole answer."""
     queue: float | None = None
-    """What the server says that it waited."""
+    """The waiting time that the server reports."""
     estimate: float | None = None
-    """What the server said at first that it would take."""
+    """The server's first estimate of the request's duration."""
     estimate_error: float | None = None
-    """estimate / what it then took, minus 1."""
+    """estimate / duration, minus 1."""
     error: str = ""
-    """The status code where there was no answer."""
+    """The status code if the request failed."""
 
 
 @dataclass(slots=True)

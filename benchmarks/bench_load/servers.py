@@ -25,7 +25,7 @@ SERVERS = {
 }
 """Name -> description. In fp32 on a CPU without instructions for bf16."""
 FIRST_SERVERS = ("ours", "lock", "batching", "pytorch")
-"""Those that are compared unless others are named."""
+"""The servers that are compared by default."""
 OPTIMUM = ROOT / ".venv-oracle" / "bin" / "python"
 """The Python with optimum-onnx, which conflicts with the versions of requirements.lock."""
 _WITH_OPTIMUM = ("lock", "batching")

@@ -1,4 +1,4 @@
-"""What the peers have in common that serve diffusers over HTTP and batch whole requests: LitServe and BentoML.
+"""The code that LitServe's and BentoML's servers share: both serve diffusers over HTTP and batch whole requests.
 
 A request is {"messages": ["..."]} with the contract's TransformRequest in base64, a response a list with the image's file in
 base64: the same bytes as over gRPC, in JSON as in both libraries' documentation.

@@ -14,7 +14,7 @@ BOUNDARY = "fuzz"
 _MOST_BODY = 2**16
 _TYPE = f"multipart/form-data; boundary={BOUNDARY}"
 STATUSES = {200, 400, 401, 404, 405, 413, 429, 431, 503, 504}
-"""What may be answered here: a 500 is a bug."""
+"""The allowed statuses; a 500 is a bug."""
 
 
 def form(**fields: str | bytes) -> bytes:
@@ -50,7 +50,7 @@ def forms() -> list[bytes]:
 
 
 def requests() -> list[bytes]:
-    """What a connection may begin with."""
+    """The beginnings of connections."""
     paths = (b"/health", b"/ready", b"/v1/models", b"/v1/models/m", b"/openapi.json", b"/no")
     made = [b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % path for path in paths]
     for body in forms():
@@ -62,7 +62,7 @@ def requests() -> list[bytes]:
 
 
 class Transport(asyncio.Transport):
-    """What a connection writes to: kept in memory."""
+    """A connection's transport, in memory."""
 
     def __init__(self) -> None:
         super().__init__({"peername": ("127.0.0.1", 4711), "sockname": ("127.0.0.1", 80)})
@@ -146,7 +146,7 @@ class _Room:
 
 
 def connection(stack: contextlib.ExitStack) -> Callable[[bytes], None]:
-    """Tries bytes on a connection: what is answered is HTTP, with a status that may be, and JSON."""
+    """Sends bytes over a connection. The answer must be HTTP with an allowed status and JSON."""
     from img2img_server.access.access import Access
     from img2img_server.api.health import HealthServicer
     from img2img_server.api.http.connection import Connection, Limits

@@ -183,7 +183,7 @@ def _structure(stack: contextlib.ExitStack) -> Try:
 
 
 def _wire(stack: contextlib.ExitStack) -> Try:
-    """The check of a message before parsing: what it accepts, protobuf parses within the returned size or refuses."""
+    """The check of a message before parsing: an accepted message is parsed by protobuf within the returned size, or refused."""
     from google.protobuf.message import DecodeError
     from img2img.v1 import image_to_image_pb2 as pb
     from img2img_server.api import wire

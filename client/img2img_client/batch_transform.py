@@ -29,7 +29,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """What messages call it: the file that it makes."""
+        """Its name in messages: the output file."""
         return str(self.output.path)
 
     @property

@@ -1,11 +1,11 @@
-"""Outpainting: a canvas around an image, and the mask that has a model paint what was added."""
+"""Outpainting: a canvas around an image, and the mask with which a model paints the margins."""
 
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
 OVERLAP = 8
-"""Pixels of the image beside what was added that are redrawn, too, so that both join: the side of a latent of most models."""
+"""Pixels of the image next to the margins that are redrawn, too, for a smooth transition: the side of a latent of most models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +21,9 @@ class Margins:
 def expand(image: Image.Image, margins: Margins, overlap: int = OVERLAP) -> tuple[Image.Image, Image.Image]:
     """The image on a canvas that is larger by `margins`, in RGB, and the canvas's mask, in mode L.
 
-    What is added repeats the image's edges, from which a strength below 1 starts. The mask is white there and in the next
-    `overlap` pixels of the image. Pass both as `image` and `mask` of a transform. Raises ValueError for a negative margin or
-    overlap, and if all margins are 0.
+    The margins repeat the image's edges; a strength below 1 starts from these. The mask is white there and in the next `overlap`
+    pixels of the image. Pass both as `image` and `mask` of a transform. Raises ValueError for a negative margin or overlap, and
+    if all margins are 0.
     """
     sides = (margins.left, margins.top, margins.right, margins.bottom)
     if min(*sides, overlap) < 0 or not any(sides):

@@ -71,7 +71,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What diffusers generated: the requests, the images, and the recorded inputs of the parts that become graphs."""
+    """The results of diffusers' pipeline: the requests, the images, and the recorded inputs of the parts that become graphs."""
 
     cases: tuple[ImageCase, ...]
     references: tuple[Image.Image, ...]
@@ -152,7 +152,7 @@ def _attempt(
 
 
 def _save_rest(converter: Converter, loader: Loader, plan: Plan, options: ExportOptions, bundle: Path) -> tuple[Component, ...]:
-    """Saves what is not a graph, text encoders beside graphs in the converter's format of weights."""
+    """Saves the components that are not graphs, text encoders beside graphs in the converter's format of weights."""
     wanted: WeightFormat = converter.wanted_format if plan.graphs else ""
     saved = torch_bundle.save(_load(loader, options), plan.graphs, options.precision, bundle, wanted, options.group_size)
     for part in saved:

@@ -34,6 +34,6 @@ def make(source: Path, layout: Layout, options: ExportOptions, bundle: Path, pro
 
 
 def plan(layout: Layout) -> Plan:
-    """What becomes of a companion, whose only component has the name of its family."""
+    """The plan of a companion, whose only component has the name of its family."""
     (family,) = layout.components
     return Plan(layout.pipeline_class, family, "onnx", (family,))

@@ -98,7 +98,7 @@ _FUSABLE = ("unet", "vae_encoder", "vae_decoder", controls.FAMILY)
 _TRANSFORMER = "transformer"
 """The graph with a second one whose attention is fused (fused_attention.py)."""
 _COARSER: dict[WeightFormat, WeightFormat] = {"int4": "int8", "int8": ""}
-"""What is tried if a graph or images differ too much with weights in a format."""
+"""The next weight format to try if a graph or images differ too much."""
 _CONTROLLED = ("unet", _TRANSFORMER)
 """The components with control graphs."""
 
@@ -118,9 +118,9 @@ class _Further:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Written:
-    """The graphs of a part in its folder, and what they are compared with. `further` describes those of _FURTHER by field;
-    `trouble` is why one could not be made, or ""; `kept` are the layers that static int8 left in fp32; `light_cost` is that of a
-    UNet's light graph, relative to the whole one, None if there is none."""
+    """The graphs of a part in its folder, and their comparisons. `further` describes those of _FURTHER by field; `trouble` is why
+    one could not be made, or ""; `kept` are the layers that static int8 left in fp32; `light_cost` is that of a UNet's light
+    graph, relative to the whole one, None if there is none."""
 
     part: Part
     cases: list[Case]

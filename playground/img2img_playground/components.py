@@ -47,8 +47,8 @@ class ImageStage(Element, component="image_stage.js"):
 
 class ImagePicker(Element, component="image_picker.js"):
     """Accepts an image and PUTs it to `url`. Calls `refused` with the file's name and size in bytes if it is too large, or with
-    size -1 if the upload fails. `label` is that of its button; `everywhere`: it also takes what is dropped and pasted;
-    `multiple`: it takes several images at once, and PUTs one after the other."""
+    size -1 if the upload fails. `label` is that of its button; `everywhere`: it also takes dropped and pasted images; `multiple`:
+    it takes several images at once, and PUTs them in turn."""
 
     def __init__(
         self, url: str, refused: Callable[[str, int], None], label: str, *, everywhere: bool, multiple: bool = False

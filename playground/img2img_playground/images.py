@@ -18,7 +18,7 @@ MAX_PIXELS = 100_000_000
 """Maximum pixels of an image, which has to be decoded."""
 
 MOST_SENT_PIXELS, MOST_SENT_BYTES = 32_000_000, 16 * 2**20
-"""The default limits of servers. What is beyond them is reduced."""
+"""The default limits of servers. Larger images are reduced."""
 
 REDUCED_SIDE = 4096
 """The longest side of a reduced image in pixels: more than any model uses."""

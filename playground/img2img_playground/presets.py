@@ -58,7 +58,7 @@ class Presets:
         return json.dumps(self._own)
 
     def load(self, text: object) -> None:
-        """Takes the user's own from the browser. Ignores what is not a preset, such as one of a later version."""
+        """Takes the user's own from the browser. Ignores invalid presets, such as those of a later version."""
         try:
             found = json.loads(text) if isinstance(text, str) else {}
         except ValueError:

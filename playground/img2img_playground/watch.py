@@ -91,7 +91,7 @@ class ServerWatch:
 
     async def _follow_health(self) -> None:
         while True:
-            with contextlib.suppress(Img2ImgError):  # The next question says what is wrong.
+            with contextlib.suppress(Img2ImgError):  # The next request for the models reports the problem.
                 async with aclosing(self._client.watch_health()) as changes:
                     async for serving in changes:
                         self._serving = serving

@@ -52,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from img2img_server.settings.sources import declare
 
     parser.usage = _USAGE
-    parser.allow_abbrev = False  # else a new flag would change what an abbreviation means
+    parser.allow_abbrev = False  # otherwise a new flag could change an abbreviation's meaning
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"read settings from this TOML file (or {CONFIG_VARIABLE})")

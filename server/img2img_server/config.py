@@ -199,7 +199,7 @@ class TelemetrySettings:
 
 @dataclass(frozen=True, slots=True)
 class ProvenanceSettings:
-    """What the files of results say about their origin. `certificate` and `key` are set if and only if `mode` is "c2pa"."""
+    """The record of a result's origin in its file. `certificate` and `key` are set if and only if `mode` is "c2pa"."""
 
     mode: Literal["none", "text", "c2pa"] = setting(
         "text",

@@ -53,7 +53,7 @@ _ALTERNATIVES: tuple[tuple[Precision, WeightFormat], ...] = (
     ("fp16", "int8"),
     ("fp16", "int4"),
 )
-"""What the sizes are shown of."""
+"""The precisions and weight formats whose sizes are shown."""
 _NARROWED = ("diffusers", "single-file")
 """The kinds of checkpoints of which weights can be quantized."""
 _LEAST_MEMORY = 2 * 10**9
@@ -93,9 +93,9 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What an export would do. Sizes are estimates in bytes; `temporary_bytes` is additional disk space during export.
-    `gpu_bytes` are those of the weights on a GPU that serves the bundle, `offloaded_gpu_bytes` those without text encoders, whose
-    weights `img2img serve --offload text-encoders` keeps in host memory."""
+    """The plan of an export. Sizes are estimates in bytes; `temporary_bytes` is additional disk space during export. `gpu_bytes`
+    are those of the weights on a GPU that serves the bundle, `offloaded_gpu_bytes` those without text encoders, whose weights
+    `img2img serve --offload text-encoders` keeps in host memory."""
 
     source: str
     output: str
@@ -131,7 +131,7 @@ def survey(options: ExportOptions, progress: Progress) -> tuple[Checkpoint, Cont
 
 
 def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", contents: Contents | None = None) -> Forecast:
-    """What exporting `checkpoint` would do. `contents` is required if its files are not on this machine.
+    """Plans the export of `checkpoint`. `contents` is required if its files are not on this machine.
 
     Raises ExportError if a file is damaged or a LoRA is missing.
     """

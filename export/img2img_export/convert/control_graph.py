@@ -55,7 +55,7 @@ def is_union(config: Any) -> bool:
 def control_part(module: Any) -> Part:
     """A ControlNet: from the UNet's inputs and control images to the residuals, multiplied by the scales.
 
-    Those that ControlNets pool (global_pool_conditions) have the size of the others here, so rows of both can be added.
+    Pooled residuals (global_pool_conditions) get the size of the others here, so rows of both kinds can be added.
     """
     kind = ControlNet(module.config)
 
@@ -89,7 +89,7 @@ def _attend_to_itself(block: Any, x: torch.Tensor) -> torch.Tensor:
     """The attention of a union's features [B, T, D], each to itself.
 
     diffusers, as the union's authors, calls a layer that takes the first axis for the sequence: features attend to those of the
-    batch's other rows. The rows of one image are equal, so that it gets what is computed here, whatever the batch.
+    batch's other rows. The rows of one image are equal, so the result is that of this function, whatever the batch.
     """
     value, bias = block.attn.in_proj_weight.chunk(3)[2], block.attn.in_proj_bias.chunk(3)[2]
     attended: torch.Tensor = block.attn.out_proj(torch.nn.functional.linear(x, value, bias))
@@ -124,7 +124,7 @@ def residuals_like(part: Part, module: Any, tensors: Tensors) -> Tensors:
     found: list[torch.Tensor] = []
     with contextlib.ExitStack() as stack:
         for layer in (module.conv_in, *module.down_blocks, module.mid_block):
-            # A down block returns its output, and what it has for the skip connections.
+            # A down block returns its output, and the states for the skip connections.
             hook = layer.register_forward_hook(lambda _, given, out: found.extend(out[1] if isinstance(out, tuple) else [out]))
             stack.callback(hook.remove)
         with torch.no_grad():

@@ -210,8 +210,8 @@ def without_weights(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[dic
     """Replaces the parameters of `module` with placeholders in `dtype` that take no memory; yields the real ones by name.
 
     Each placeholder is one number expanded to the parameter's shape. The numbers differ, so that no two parameters are merged.
-    Buffers keep their values. Those that checkpoints do not have also keep their types: half precision of rotary frequencies
-    would turn by radians. Parts that the class requires in fp32 (T5's `wo`) stay in fp32.
+    Buffers keep their values. Buffers that are not in checkpoints also keep their types: rotary frequencies in half precision
+    would be wrong by radians. Parts that the class requires in fp32 (T5's `wo`) stay in fp32.
     """
     fp32_parts = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
     real: dict[str, torch.Tensor] = {}

@@ -75,7 +75,7 @@ def _attend(
     joined: Any = _MultiHeadAttention.apply(  # type: ignore[no-untyped-call]
         *parts, attn_mask, heads, 1 / math.sqrt(width) if scale is None else scale
     )
-    # The tracer knows the operator's result only by its size in the example, and freezes what is computed from that.
+    # The tracer knows the operator's result only by its size in the example, and turns values that depend on it into constants.
     states: torch.Tensor = joined.view(query.shape[0], query.shape[2], heads, width).transpose(1, 2)
     return states
 

@@ -82,8 +82,8 @@ def _attending(layers: list[Any], states: torch.Tensor, bias: torch.Tensor) -> I
 
 
 class _Tokens(NamedTuple):
-    """What the layers share: keys and values of all tokens [B, A * T, W], their bias [B, 1, 1, A * T], and the shape of scores
-    [B, H, N, A, T] for a Reshape."""
+    """The values that the layers share: keys and values of all tokens [B, A * T, W], their bias [B, 1, 1, A * T], and the shape
+    of scores [B, H, N, A, T] for a Reshape."""
 
     states: torch.Tensor
     bias: torch.Tensor

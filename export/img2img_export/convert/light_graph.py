@@ -55,7 +55,7 @@ def with_features(part: Part, module: Any) -> Part:
 
 
 class Seen:
-    """What was seen of a denoiser's last call: the hidden states after its first layers and before its last ones."""
+    """The recorded states of a denoiser's last call: those after its first layers and before its last ones."""
 
     first: torch.Tensor | None = None
     last: torch.Tensor

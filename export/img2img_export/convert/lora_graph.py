@@ -106,7 +106,8 @@ def _adding(module: Any, layers: tuple[AdaptedLayer, ...], tensors: Tensors) -> 
 
 
 def _product(layer: AdaptedLayer, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """What the LoRAs of the rows add for the input `x`: [rows, tokens, in], [rows, in], or [rows, in, h, w] of a convolution.
+    """The addition of the rows' LoRAs to a layer's output for the input `x`: [rows, tokens, in], [rows, in], or [rows, in, h, w]
+    of a convolution.
 
     Some layers get all rows twice, one copy after the other (Qwen-Image's modulations, of two timesteps).
     """
@@ -123,7 +124,7 @@ def _product(layer: AdaptedLayer, x: torch.Tensor, down: torch.Tensor, up: torch
 def _kernel_product(
     layer: AdaptedLayer, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, stride: tuple[int, int], shape: torch.Size
 ) -> torch.Tensor:
-    """What the LoRAs of the rows add to the output, of `shape`, of a 3 x 3 convolution with its input `x` [rows, in, h, w].
+    """The addition of the rows' LoRAs to the output, of `shape`, of a 3 x 3 convolution with its input `x` [rows, in, h, w].
 
     `down` [rows, rank * 9, in] has a matrix for each tap.
     """

@@ -91,7 +91,7 @@ _UNKNOWN_INPUTS = {
     "mask_image": "a mask",
     "depth_map": "a depth map",
 }
-"""Parameters of a pipeline's call that requests have nothing for, and what they are."""
+"""Parameters of a pipeline's call without a field in requests, and their meaning."""
 
 CONTROLLED: Mapping[str, str] = {
     "StableDiffusionControlNetImg2ImgPipeline": "StableDiffusionImg2ImgPipeline",
@@ -286,7 +286,7 @@ class Loader:
             raise ExportError(f"{INDEX_NAME} names {library}.{kind}, which the installed version does not provide") from None
 
     def _processors(self) -> dict[str, Any]:
-        """The components that diffusers could not load, by name: processors whose videos need what is not installed.
+        """The components that diffusers could not load, by name: processors that need an absent package for videos.
 
         Raises ExportError if they cannot be loaded without it.
         """

@@ -109,7 +109,7 @@ def vae_parts(module: Any) -> tuple[Part, Part]:
 
 
 def traced(module: Any) -> Any:
-    """What is traced for the graphs of `module`: the module, or one for single images that shares its weights."""
+    """The module to trace for the graphs of `module`: itself, or one for single images that shares its weights."""
     return FrameVae(module) if isinstance(module, AutoencoderKLQwenImage) else module
 
 

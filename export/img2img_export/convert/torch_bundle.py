@@ -29,7 +29,7 @@ def save(
     """Saves all of `pipeline` except the components `graphs` into the directory `bundle`; returns the components with weights.
 
     The pipeline's weights are converted in place, and dropped. The layers of text encoders are stored in `weight_format`, in
-    blocks of `group_size` weights. Replaces what an earlier call has saved.
+    blocks of `group_size` weights. Replaces the files of an earlier call.
     """
     saved = []
     with quiet():

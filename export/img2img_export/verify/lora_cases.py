@@ -65,7 +65,7 @@ def _fused(module: Any, matrices: dict[str, tuple[torch.Tensor, torch.Tensor]]) 
 
 
 class _Fusion:
-    """What is added to one layer's weight while it runs."""
+    """Adds a LoRA to one layer's weight while the layer runs."""
 
     def __init__(self, down: torch.Tensor, up: torch.Tensor) -> None:
         self._down, self._up = down, up

@@ -50,7 +50,7 @@ _KINDS = {
 class Case:
     """One comparison: the graph's inputs by name, in fp32, and PyTorch's outputs.
 
-    `padded`: the graph's outputs may go on after what is expected, on each axis.
+    `padded`: the graph's outputs may be longer than the expected ones, on each axis.
     """
 
     name: str
@@ -128,7 +128,7 @@ def problems_of(parities: list[ComponentParity]) -> Iterator[str]:
 
 
 def _cut(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """What is left of `actual` in the shape of `expected`, if it has as many axes."""
+    """`actual` cut to the shape of `expected`, if it has as many axes."""
     return actual[tuple(slice(size) for size in expected.shape)] if actual.ndim == expected.ndim else actual
 
 

@@ -1,5 +1,4 @@
-"""The comparisons for the two graphs of a text encoder that sees images; transformers' whole module is what they are compared
-with."""
+"""Compares the two graphs of a text encoder that sees images with transformers' whole module."""
 
 from collections.abc import Sequence
 from typing import Any

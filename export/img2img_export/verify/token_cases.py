@@ -26,7 +26,7 @@ _LAYOUTS = {
         Layout(17, ((2, 12), (6, 4))),
     ),
 }
-"""Rows of the random cases. Those of a batch have equally many image tokens."""
+"""Rows of the random cases. All rows of a batch have the same number of image tokens."""
 
 _TRACED = (Layout(7, ((4, 4), (3, 2))), Layout(7, ((2, 8), (1, 6))))
 """Rows to trace with: unlike those compared."""

@@ -20,7 +20,7 @@ SHARE = 2
 
 @contextmanager
 def held(memory: ImageMemory, source: pb.ImageSource, data: bytes) -> Iterator[None]:
-    """Accounts for the bytes of a source's file within the block. Those that came with the message are accounted for already.
+    """Accounts for the bytes of a source's file within the block. The bytes of the message itself are accounted for already.
     Raises ImageMemoryFull."""
     with memory.hold(current(), 0 if source.WhichOneof("source") == "data" else len(data)):
         yield

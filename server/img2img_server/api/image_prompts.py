@@ -94,7 +94,7 @@ def add_images(prompts: Iterable[pb.ImagePrompt], images: Sequence[pb.ImageSourc
 
 
 class ImagePrompts:
-    """Reads the images of image prompts. Those that are fetched take together as many `seconds` as one image may."""
+    """Reads the images of image prompts. All fetched images share the `seconds` of one image."""
 
     def __init__(self, sources: Sources, codecs: Codecs, limits: ImageLimits, seconds: float) -> None:
         self._sources, self._codecs, self._limits, self._seconds = sources, codecs, limits, seconds

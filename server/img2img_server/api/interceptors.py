@@ -215,7 +215,7 @@ def call_of(method: str, metadata: Sequence[tuple[str, str | bytes]], peer: str)
 
 
 def failed(caught: Exception, call: Call, outcome: Outcome) -> ServerError:
-    """The error that a call ends with, which becomes its outcome. One that is not for callers is logged, and its text withheld.
+    """The error that a call ends with, which becomes its outcome. An internal error is logged, and its text withheld.
 
     Releases what the frames of `caught` hold.
     """

@@ -32,8 +32,7 @@ class ReferenceImage:
 
 
 class References:
-    """Reads the reference images of requests. Those that are fetched take together as many `seconds` of `clock` as one image
-    may."""
+    """Reads the reference images of requests. All fetched images share the `seconds` of one image, by `clock`."""
 
     def __init__(
         self,

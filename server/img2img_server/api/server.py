@@ -125,7 +125,7 @@ class Server:
                 raise
             _log.info("the server was stopped before it was ready", exc_info=_log.isEnabledFor(logging.DEBUG))
         if self._stopped:
-            await self._close_unserved()  # closes what was opened after `stop` had run
+            await self._close_unserved()  # closes resources that were opened after `stop` had run
             return
         backend = self._backend
         self._telemetry.watch(backend.runner, backend.models, backend.cache, self._assets, self._codecs)

@@ -11,4 +11,4 @@ FAMILIES = {
     controls.FAMILY: f"{NAMES[controls.FAMILY]}, which other models' requests name in controls",
     image_encoders.FAMILY: f"{NAMES[image_encoders.FAMILY]}, which other models' requests with image prompts use",
 }
-"""The families of companions, and what they are, for messages."""
+"""The families of companions, with a description for messages."""

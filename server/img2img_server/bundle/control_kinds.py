@@ -1,4 +1,4 @@
-"""Which ControlNets fit which models: both have the same numbers in their configurations. Nothing is loaded to find out."""
+"""Which ControlNets fit which models: both have the same numbers in their configurations, so neither is loaded."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,8 @@ from img2img_server.bundle.manifest import Manifest
 from img2img_server.errors import InvalidField
 
 ControlKind = tuple[tuple[str, Any], ...]
-"""What a ControlNet and the models that it fits have in common: names and values. Empty if it is unknown, or there is nothing."""
+"""The properties that a ControlNet shares with the models that it fits: names and values. Empty if unknown, or if it fits none.
+"""
 
 _FLUX = "Flux"
 FLUX_PIXELS = 8

@@ -22,8 +22,8 @@ CLASSES = (CONTROL_CLASS, UNION_CLASS, FLUX_CLASS)
 """The classes of ControlNets that become bundles."""
 
 IMAGE, SCALE = "controlnet_cond", "conditioning_scale"
-"""A ControlNet's inputs for the control images [rows, 3, H, W], from 0 to 1, and for the scales [rows] of its residuals. Those
-of Flux take images from -1 to 1, or their packed latents [rows, N, C]."""
+"""A ControlNet's inputs for the control images [rows, 3, H, W], from 0 to 1, and for the scales [rows] of its residuals.
+ControlNets of Flux take images from -1 to 1, or their packed latents [rows, N, C]."""
 MODE = "control_mode"
 """A union's input for the kinds [rows] of the control images, integers from 0."""
 

@@ -28,7 +28,7 @@ MOST_TENSORS = 100_000
 MOST_LAYERS = 10_000
 """Maximum number of layers that a configuration may ask for, where there is an entry for each: SDXL has 70 cross-attentions."""
 DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
-"""What is raised if a configuration cannot be read, or has values of other kinds than are expected: an infinite integer, too."""
+"""The errors of a configuration that cannot be read, or has values of the wrong type, such as an infinite integer."""
 
 
 def read_json(

@@ -1,5 +1,5 @@
-"""The folder of image adapters (IP-Adapters), and what fits them: what a file needs of a model and of its image encoder is in the
-shapes of its tensors, so nothing is loaded to find out. Standard library only."""
+"""The folder of image adapters (IP-Adapters), and the models and image encoders that fit them: the shapes of a file's tensors
+show what it needs, so nothing is loaded to compare them. Standard library only."""
 
 import functools
 import logging
@@ -21,7 +21,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of a file's tensors by name."""
 
 PROJECTION, LAYERS = "image_proj.", "ip_adapter."
-"""What the names of tensors begin with: of the image projection, and of the layers' keys and values."""
+"""Prefixes of the names of tensors: of the image projection, and of the layers' keys and values."""
 KEY, VALUE = "to_k_ip.weight", "to_v_ip.weight"
 _LAYER = re.compile(r"ip_adapter\.([1-9][0-9]{0,3})\.to_([kv])_ip\.weight")
 _FACE_ID = frozenset({"proj.0.weight", "proj.2.weight", "norm.weight"})
@@ -37,8 +37,8 @@ _MOST_NAME = 100
 
 @dataclass(frozen=True, slots=True)
 class PromptKind:
-    """What an image adapter and the models that it fits have in common: the width of each cross-attention, in diffusers' order,
-    and of the tokens that they read."""
+    """The properties that an image adapter shares with the models that it fits: the width of each cross-attention, in diffusers'
+    order, and of the tokens that they read."""
 
     layer_widths: tuple[int, ...]
     text_width: int
@@ -46,8 +46,8 @@ class PromptKind:
 
 @dataclass(frozen=True, slots=True)
 class AdapterNeeds:
-    """What an adapter's file needs. A "plain" one reads the `encoder_width` numbers of an image's embedding, and a "full" or
-    "plus" one those of each hidden state."""
+    """The requirements of an adapter's file. A "plain" one reads the `encoder_width` numbers of an image's embedding, and a
+    "full" or "plus" one those of each hidden state."""
 
     kind: Literal["plain", "full", "plus"]
     encoder_width: int
@@ -59,7 +59,7 @@ class AdapterNeeds:
         return self.kind != "plain"
 
     def reads(self, widths: EncoderWidths) -> bool:
-        """Whether it reads what an image encoder of these widths makes."""
+        """Whether it reads the outputs of an image encoder of these widths."""
         return self.encoder_width == (widths.hidden_size if self.reads_states else widths.projection_dim)
 
     def __str__(self) -> str:
@@ -69,8 +69,8 @@ class AdapterNeeds:
 
 @dataclass(frozen=True, slots=True)
 class ImageAdapterHeader:
-    """What is known of an image adapter of the folder by its header. `encoder` is the id of the image encoder that its NAME.json
-    names, "" if there is none."""
+    """An image adapter of the folder, by its header. `encoder` is the id of the image encoder that its NAME.json names, "" if
+    there is none."""
 
     id: str
     needs: AdapterNeeds
@@ -101,8 +101,8 @@ class ImageAdapterFiles(AdapterFiles):
 
 
 def needs_of(shapes: Shapes) -> AdapterNeeds:
-    """What an adapter needs whose tensors have these shapes. Raises AdapterProblem for other files than IP-Adapters that read
-    CLIP's image encoder."""
+    """The requirements of an adapter whose tensors have these shapes. Raises AdapterProblem for all files but IP-Adapters that
+    read CLIP's image encoder."""
     parts = {name.removeprefix(PROJECTION) for name in shapes if name.startswith(PROJECTION)}
     if parts >= _FACE_ID or any("_lora." in name or "perceiver_resampler." in name for name in shapes):
         raise AdapterProblem(
@@ -167,7 +167,7 @@ def difference(adapter: PromptKind, model: PromptKind | None) -> str:
 
 @functools.lru_cache(MOST_FILES)
 def _needs(path: Path, inode: int, size: int, modified: int) -> AdapterNeeds | str:
-    """What a file needs, read once for all that ask, as long as it is the same one; or its problem, which is logged."""
+    """The requirements of a file, or its problem, which is logged. A file is read again only after it was changed."""
     try:
         return needs_of(read_shapes(path))
     except AdapterProblem as problem:

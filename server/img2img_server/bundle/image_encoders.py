@@ -26,7 +26,7 @@ STATES = "hidden_states"
 
 @dataclass(frozen=True, slots=True)
 class EncoderWidths:
-    """What an image encoder makes: `projection_dim` numbers of an image, and `hidden_size` of each of its tokens."""
+    """The outputs of an image encoder: `projection_dim` numbers for an image, and `hidden_size` for each of its tokens."""
 
     projection_dim: int
     hidden_size: int

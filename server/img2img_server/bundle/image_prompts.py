@@ -2,8 +2,8 @@
 
 An IP-Adapter adds to each cross-attention that of its image tokens. Its keys and values depend on images only, so they are made
 outside of the graph, for all layers, and are inputs: for each cross-attention in diffusers' order its keys, then its values, side
-by side. Each adapter has a softmax of its own; a factor of what it adds is in its values. Standard library only: the exporter
-imports this module, too.
+by side. Each adapter has a softmax of its own; its values include the scale. Standard library only: the exporter imports this
+module, too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from typing import Any
 from img2img_server.bundle.files import add_layers
 
 STATES, BIAS = "image_prompt_states", "image_prompt_bias"
-"""The inputs of keys and values [rows, adapters, tokens, `states_width`], and of what is added to the tokens' scores [rows,
-adapters, tokens]: 0 or `PADDING`. A row without image prompts has zeros in both, which add exactly 0."""
+"""The inputs of keys and values [rows, adapters, tokens, `states_width`], and of the bias of the tokens' scores [rows, adapters,
+tokens]: 0 or `PADDING`. A row without image prompts has zeros in both, which add exactly 0."""
 PADDING = -10_000.0
 """The bias of tokens that fill up a row's. Every precision can represent it, and its exponential is 0 in all."""
 ADAPTERS, TOKENS = "image_adapters", "image_tokens"
 """Names of the inputs' variable axes."""
 ADAPTER_COUNTS, TOKEN_COUNTS = (1, 2, 4), (4, 16, 32, 64, 128, 272)
-"""What the axes of calls are filled up to, so that few shapes occur. Rows without image prompts alone have one token."""
+"""The lengths that the axes of calls are padded to, so that few shapes occur. Rows without image prompts alone have one token."""
 
 PROMPTS_ONLY = ("latent-consistency", "stable-diffusion-inpainting", "stable-diffusion-xl-inpainting")
 """The families whose control graph is for image prompts only: their requests have no ControlNets."""
@@ -30,7 +30,7 @@ _BLOCKS: dict[str | None, bool] = {
 }
 """The blocks whose layers are known, and whether they have cross-attentions."""
 _OTHERWISE = ("dual_cross_attention", "only_cross_attention", "mid_block_only_cross_attention", "encoder_hid_dim_type")
-"""Settings with which a UNet's cross-attentions, or what they read, are others than IP-Adapters' are made for."""
+"""Settings that make a UNet's cross-attentions, or their inputs, unsuitable for IP-Adapters."""
 
 
 def layer_widths(config: Mapping[str, Any]) -> tuple[int, ...]:

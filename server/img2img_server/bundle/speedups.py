@@ -81,5 +81,5 @@ NONE = Speedups()
 LIGHT_NAME = "light.onnx"
 """The light graph of a denoiser, beside the whole one, with which it shares the weights' file."""
 FEATURES = "deep_features"
-"""The whole graph's second output, which the light graph takes: a UNet's hidden states [R, C, h, w] before its last layer, or
-what a transformer's blocks after the first add to the image's tokens, [R, N, C]."""
+"""The whole graph's second output, which the light graph takes: a UNet's hidden states [R, C, h, w] before its last layer, or the
+addition of a transformer's blocks after the first to the image's tokens, [R, N, C]."""

@@ -81,7 +81,7 @@ class CodecProcess:
         `allow` decides on requests for more memory, in bytes: it returns the error that refuses one, None to grant it. Raises the
         job's errors, or ProcessDied.
         """
-        # What the job needs in any case is granted with it: each question costs two switches between processes.
+        # The resources that every job needs are granted with it: each question costs two switches between processes.
         size, seconds = job.advance(os.fstat(data).st_size)
         if (refused := allow(size)) is not None:
             raise refused

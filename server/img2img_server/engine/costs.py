@@ -181,7 +181,7 @@ class _Curves:
         return self._shapes.items()
 
     def set(self, shape: Hashable, pixels: int, rows: int, seconds: float) -> None:
-        """Takes `seconds` for what a call of `rows` rows takes."""
+        """Sets the cost of a call of `rows` rows to `seconds`."""
         curve = self._run(shape, pixels)
         before = len(curve.rows)
         curve.set(rows, seconds)

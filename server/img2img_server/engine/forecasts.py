@@ -1,7 +1,5 @@
-"""What forecasts of long queues are made of.
-
-They are estimates of the device's time for many jobs from a few sums per group, sums over the active requests, and corrections by
-the errors of earlier forecasts.
+"""The parts of forecasts of long queues: estimates of the device's time for many jobs from a few sums per group, sums over the
+active requests, and corrections by the errors of earlier forecasts.
 """
 
 import math

@@ -283,7 +283,7 @@ class Pipeline(Protocol):
     native_size: tuple[int, int]
     """Width and height of the model's training images, in pixels."""
     source_rule: SourceRule
-    """What becomes of the source image before it is in a request."""
+    """How the source image is prepared before it is in a request."""
     max_rows: int | None
     """Maximum rows of one call of `denoise`, None for no limit of its own."""
     measurable: bool
@@ -390,7 +390,7 @@ class Ticket:
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while the listener is called, because another thread may end the request."""
     kind: Hashable = field(init=False)
-    """What requests have in common that take equal parts in equally many calls."""
+    """The key of requests that take equal parts in equally many calls."""
 
     def __post_init__(self) -> None:
         plan = self.plan

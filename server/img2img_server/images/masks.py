@@ -10,8 +10,8 @@ MAX_BLUR = 1000.0
 
 @dataclass(frozen=True, slots=True)
 class MaskRule:
-    """What becomes of a mask before a model gets it: `invert` swaps black and white, `blur` softens its edges by so many pixels
-    of the mask. With `by_alpha` its transparent areas are redrawn, whatever their color, as in OpenAI's API."""
+    """How a mask is prepared for a model: `invert` swaps black and white, `blur` softens its edges by so many pixels of the mask.
+    With `by_alpha` its transparent areas are redrawn, whatever their color, as in OpenAI's API."""
 
     blur: float = 0.0
     invert: bool = False

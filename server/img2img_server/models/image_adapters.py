@@ -1,4 +1,4 @@
-"""Which image adapters fit a model, and which image encoder an adapter reads, by what is known before anything is loaded."""
+"""Finds the image adapters that fit a model, and the image encoder that an adapter reads, before anything is loaded."""
 
 from collections.abc import Iterable
 

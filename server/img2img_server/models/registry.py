@@ -150,7 +150,7 @@ class Model:
 
     @property
     def companion(self) -> str:
-        """What it is, for messages, if other models' requests use it; "" if it draws images."""
+        """A description for messages if other models' requests use it; "" if it draws images."""
         return "" if self.manifest is None else FAMILIES.get(self.manifest.family, "")
 
     @property
@@ -449,7 +449,7 @@ KINDS: dict[str, Callable[[Path, Manifest], Any]] = {
 
 
 def kinds_of(bundle: Path, manifest: Manifest) -> dict[str, Any]:
-    """Those fields. Reads the bundle's configurations."""
+    """The values of KINDS, read from the bundle's configurations."""
     return {name: read(bundle, manifest) for name, read in KINDS.items()}
 
 

@@ -104,7 +104,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _why_no_bundle(entry: Path) -> str:
-    """What an entry of the model folder is instead of a bundle, and how to fix it."""
+    """Why an entry of the model folder is not a bundle, and how to fix it."""
     if entry.is_symlink() and not entry.exists():
         return f"a link to {entry.readlink()}, which does not exist"
     if not entry.is_dir():

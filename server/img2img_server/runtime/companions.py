@@ -32,8 +32,8 @@ class _Trial:
 
 
 class Companion:
-    """A loaded companion, whose `graph` is on `device` and is of the provider `engine`. A subclass says in `trial_inputs` what a
-    call of its graph takes. It is among `companions`, if given, until it is closed.
+    """A loaded companion, whose `graph` is on `device` and is of the provider `engine`. A subclass defines in `trial_inputs` the
+    inputs of a trial call of its graph. It is among `companions`, if given, until it is closed.
 
     Implements the engine's Pipeline for the server's trial request, which calls it once.
     """
@@ -85,7 +85,7 @@ class Companion:
             state.step = 1
 
     def mark(self) -> None:
-        """Nothing to wait for: `denoise` reads what it computed."""
+        """Returns None: the call is done, since `denoise` reads its results."""
 
     def preview(self, states: Sequence[_Trial]) -> Sequence[Image.Image | None]:
         """There are none."""

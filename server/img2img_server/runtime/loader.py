@@ -85,7 +85,7 @@ _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """What is loaded, and how: the bundle in a directory, and its manifest, which was read and checked before.
+    """The arguments of a load: the bundle in a directory, and its manifest, which was read and checked before.
 
     `cache` keeps encoded prompts and images; several pipelines may share one. `loras` are the LoRAs that requests may name, None
     for none, and so are `image_adapters`. `companions` are those in memory, such as ControlNets, to which the bundle of one is

@@ -56,7 +56,7 @@ class Configured(Generic[_T]):
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """A process's variables. Those with the `prefix` are settings, except `others`, which are read elsewhere."""
+    """A process's variables. All with the `prefix` are settings, except `others`, which are read elsewhere."""
 
     variables: Mapping[str, str]
     prefix: str

@@ -19,18 +19,18 @@ class FieldRule:
 
 
 ModelFields = Mapping[str, FieldRule]
-"""The fields that a model takes, by name, of those that not every model takes."""
+"""The optional fields that a model takes, by name."""
 
 GUIDED: ModelFields = {name: FieldRule() for name in ("negative_prompt", "strength", "guidance_scale")}
-"""What most models take: those that start from the noised source and are guided by two prompts."""
+"""The fields of most models, which start from the noised source and are guided by two prompts."""
 
 _EFFECT = ("controls.scale", "controls.start", "controls.end")
 CONTROLNETS: ModelFields = {name: FieldRule() for name in ("controls", "controls.model", *_EFFECT, "controls.control_mode")}
-"""What models take whose requests name ControlNets."""
+"""The fields of models whose requests name ControlNets."""
 OWN_CONTROL: ModelFields = {"controls": FieldRule(max_count=1, required=True)}
-"""What models with a built-in control input take."""
+"""The fields of models with a built-in control input."""
 OWN_CONTROLNET: ModelFields = {**OWN_CONTROL, **{name: FieldRule() for name in _EFFECT}}
-"""What models take that have a ControlNet of their own."""
+"""The fields of models with a built-in ControlNet."""
 
 IMAGE_PROMPTS: ModelFields = {name: FieldRule() for name in ("image_prompts", "image_prompts.images", "image_prompts.scale")}
-"""What models take whose requests have image prompts."""
+"""The fields of models whose requests have image prompts."""

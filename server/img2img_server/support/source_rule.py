@@ -1,4 +1,4 @@
-"""How a model takes its source image, and what it says of the size of its results."""
+"""How a source image is prepared for a model, and how the model determines the size of its results."""
 
 import math
 from dataclasses import dataclass
@@ -41,15 +41,14 @@ class EditSize:
 
 @dataclass(frozen=True, slots=True)
 class SourceRule:
-    """What becomes of a source image before the model gets it.
-
-    It is resized to the result's size with `resampling`, the name of a filter of Pillow, and `reducing_gap` as Pillow's `resize`
-    has it. With `keeps_size` it stays as large as it is: the model looks at it at a size of its own.
+    """How a source image is prepared for the model. It is resized to the result's size with `resampling`, the name of a filter of
+    Pillow, and `reducing_gap` as Pillow's `resize` has it. With `keeps_size` it stays as large as it is: the model looks at it at
+    a size of its own.
 
     A `square` model makes square images only.
 
-    A model with a `shorter_side` or an `area` also sets the size of its results, by the source's aspect alone. `shorter_side`
-    is that side in pixels, as DeepFloyd IF has it; `area` is about so many pixels, as LongCat-Image-Edit has it.
+    A model with a `shorter_side` or an `area` also sets the size of its results, by the source's aspect alone. `shorter_side` is
+    that side in pixels, as DeepFloyd IF has it; `area` is about so many pixels, as LongCat-Image-Edit has it.
 
     `edit_size` is the size of its results if requests do not set it, None for the source's.
 
@@ -84,10 +83,10 @@ class SourceRule:
 
 
 STRETCHED = SourceRule()
-"""What most models want: the source at the result's size, resized with Lanczos."""
+"""The rule of most models: the source at the result's size, resized with Lanczos."""
 
 EDITED = SourceRule(keeps_size=True)
-"""What models that edit want: images at their own size."""
+"""The rule of models that edit: images at their own size."""
 
 
 def _rounded(side: float) -> int:

@@ -87,7 +87,7 @@ ACCESS = "img2img.access"
 """The logger with one line per call."""
 
 _OURS = ("img2img", "img2img_server")
-"""The server's own loggers. Those of libraries are too verbose at DEBUG."""
+"""The server's own loggers. Libraries' loggers are too verbose at DEBUG."""
 _TEXT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 _OF_A_CALL = ("request_id", "client", "method", "model", "status", "reason", "seconds")
 """Fields of a JSON line, in order. Unknown ones are omitted."""

@@ -252,7 +252,7 @@ class Gauges(Collector):
         self._codecs = codecs
 
     def describe(self) -> Iterable[Family]:
-        """Nothing; otherwise registration would call `collect`."""
+        """No metrics; otherwise registration would call `collect`."""
         return ()
 
     def collect(self) -> Iterator[Family]:

@@ -73,8 +73,8 @@ def _is_json(text: str) -> bool:
 
 
 def _read_list(text: str, name: str, kind: type[_Made], put: _Put[_Made], expected: Mapping[str, str]) -> list[_Made]:
-    """The messages of the field `name`, a JSON list of objects with the fields of the message `kind`. `expected` says for errors
-    what the values of a field are; those of others are numbers. Raises InvalidField."""
+    """The messages of the field `name`, a JSON list of objects with the fields of the message `kind`. `expected` names the kinds
+    of fields' values for errors; other fields are numbers. Raises InvalidField."""
     try:
         elements = json.loads(text)
     except (ValueError, RecursionError):

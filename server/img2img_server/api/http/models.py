@@ -51,5 +51,5 @@ class ModelList:
 
 
 def _field(field: pb.RequestField) -> dict[str, Any]:
-    """A field as JSON, without what it does not have."""
+    """A field as JSON, without unset keys."""
     return {"default" if part.name.startswith("default_") else part.name: value for part, value in field.ListFields()}

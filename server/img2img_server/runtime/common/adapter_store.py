@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 class Sized(Protocol):
-    """What was read of a file."""
+    """The content of a file."""
 
     @property
     def bytes(self) -> int:

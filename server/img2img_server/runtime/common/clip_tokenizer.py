@@ -42,7 +42,7 @@ _MODEL = {
     "byte_fallback": False,
     "ignore_merges": False,
 }
-"""What transformers' class makes of every CLIP tokenizer, whatever its tokenizer.json says."""
+"""The rules that transformers' class sets for every CLIP tokenizer, in place of those in its tokenizer.json."""
 
 _LATER = re.compile(r"_\d+$")
 """Ends the names of the further tokens of a textual inversion, which diffusers inserts into texts."""

@@ -1,7 +1,7 @@
-"""diffusers without PyTorch's compiler, which takes longer to import than all that a server of graphs needs of diffusers.
+"""Imports diffusers without PyTorch's compiler, whose import takes longer than all of diffusers that a server of graphs needs.
 
 `diffusers.utils` imports `torch._dynamo` for one decorator of its models in PyTorch, and replaces that by one that does nothing
-if the import fails. Whoever uses the compiler still imports it. Modules that are imported at a server's start take diffusers'
+if the import fails. The compiler can still be imported afterwards. Modules that are imported at a server's start take diffusers'
 names from here; its pipelines and models are imported when they are needed.
 """
 

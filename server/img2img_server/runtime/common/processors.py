@@ -42,7 +42,7 @@ def _is_tokenizer(kind: type) -> bool:
 def processors(directory: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """The components that diffusers would not load from `directory` here, by name. `kinds` are the classes of all.
 
-    Raises ImportError for one that does not load without what is missing, and what transformers raises for damaged files.
+    Raises ImportError if one does not load without the missing package, and transformers' errors for damaged files.
     """
     found = {name: loadable(kind) for name, kind in kinds.items()}
     return {

@@ -50,8 +50,8 @@ def request_fields(pipe: Any) -> ModelFields:
 
 
 def masked_fields(kind: Any, fields: ModelFields) -> ModelFields:
-    """What requests with a mask can set in addition to `fields`, the model's: parameters of diffusers' inpainting class `kind`,
-    which sees one reference, or as many as the model without a mask."""
+    """The fields that requests with a mask can set in addition to `fields`, the model's: parameters of diffusers' inpainting
+    class `kind`, which sees one reference, or as many as the model without a mask."""
     parameters = inspect.signature(kind.__call__).parameters
     masked = {"strength": FieldRule(parameters["strength"].default, needs="mask")}
     if "image_reference" in parameters and "reference_images" not in fields:

@@ -1,4 +1,4 @@
-"""What a pipeline makes of a source image and of a strength, as its class has it."""
+"""How a pipeline's class treats a source image and a strength."""
 
 import inspect
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ Black Forest Labs' own code makes the size that the pipeline gives the source, a
 
 
 def source_rule(pipe: Any) -> SourceRule:
-    """What becomes of a source before the pipeline gets it: what the pipeline's own image processor would do.
+    """How a source is prepared for the pipeline: as the pipeline's own image processor would.
 
     A pipeline without a strength that takes a width edits: it looks at the source at a size of its own, and begins from noise.
     One with resolution bins (SANA) makes an image of another size, and resizes that.

@@ -63,7 +63,7 @@ class ControlNet(Companion):
         return False
 
     def pixels(self, image: torch.Tensor) -> torch.Tensor:
-        """What the ControlNet reads of an image whose values are from 0 to 1."""
+        """The ControlNet's input for an image whose values are from 0 to 1."""
         return image
 
     def _modes(self, config: Mapping[str, Any]) -> int | None:

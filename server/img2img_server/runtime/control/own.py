@@ -21,8 +21,8 @@ def check_own_control(request: Request) -> None:
 
 
 def with_control(request: Request) -> Request:
-    """The request, with a control image in any case. Those of the server itself to models that need one have none, such as for
-    reference images, warm-up and measurements: they get the edges of the source."""
+    """The request, with a control image. The server's own requests (reference images, warm-up, measurements) have none: if the
+    model needs one, they get the edges of the source."""
     if request.controls:
         return request
     return replace(request, controls=(ControlUse("", edges(request.image, request.result_size)),))
@@ -35,7 +35,7 @@ def edges(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 class OwnControl:
-    """Controls of a model with a built-in control input. What it does with it is up to the model's family."""
+    """Controls of a model with a built-in control input. The model's family defines its effect."""
 
     fields: ClassVar[ModelFields] = OWN_CONTROL
 
@@ -48,6 +48,6 @@ class OwnControl:
         return 1.0
 
     def of(self, request: Request, device: Any) -> tuple[()]:
-        """Nothing for a ControlNet. Raises InvalidField."""
+        """Checks the request. There is no ControlNet to call. Raises InvalidField."""
         self.check(request)
         return ()

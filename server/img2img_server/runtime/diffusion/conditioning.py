@@ -39,7 +39,7 @@ class Embedding:
 
     @classmethod
     def split(cls, hidden_states: torch.Tensor, pooled: torch.Tensor | None = None) -> "list[Embedding]":
-        """Those of n texts, of `hidden_states` [n, T, D] and `pooled` [n, P]."""
+        """The embeddings of n texts, of `hidden_states` [n, T, D] and `pooled` [n, P]."""
         vectors = [None] * len(hidden_states) if pooled is None else torch.split(pooled, 1)
         return [cls(own, vector) for own, vector in zip(torch.split(hidden_states, 1), vectors, strict=True)]
 
@@ -57,7 +57,7 @@ class Encoder:
     """Encodes texts and images with the components of a diffusers pipeline, through a cache that may be shared.
 
     `encode_texts` is the family's function: n texts, each with its LoRAs, to n embeddings, in one call of each text encoder.
-    `pixels` makes of an image what the VAE encodes.
+    `pixels` makes the VAE's input of an image.
     """
 
     def __init__(
@@ -110,15 +110,15 @@ class Encoder:
         for request, mask in zip(requests, masks, strict=True):
             digest = request.image_digest + mask.digest if request.image_digest and mask.digest else b""
             wanted.append((request.cache_scope, request.image, digest))
-        # What is redrawn becomes the middle between black and white, as in diffusers' inpainting pipelines.
+        # The redrawn part becomes gray, as in diffusers' inpainting pipelines.
         pixels = lambda index: self._pixels(wanted[index][1]) * (1 - redrawn_pixels(masks[index].image))  # noqa: E731
         return self._images(wanted, "masked", pixels)
 
     def sized_images(
         self, requests: Sequence[Request], pixels: Callable[[Image.Image, tuple[int, int]], torch.Tensor]
     ) -> list[SimpleNamespace]:
-        """Like `images`, of the images at the sizes of their requests' results: `pixels` makes what the VAE encodes of an image
-        and a size."""
+        """Like `images`, of the images at the sizes of their requests' results: `pixels` makes the VAE's input of an image and a
+        size."""
         wanted = []
         for request in requests:
             size = "{} x {}".format(*request.result_size).encode()
@@ -128,7 +128,7 @@ class Encoder:
     def _images(
         self, wanted: Sequence[ScopedImage], kind: str = "image", pixels: Callable[[int], torch.Tensor] | None = None
     ) -> list[SimpleNamespace]:
-        """The encodings of `wanted`; `pixels` makes what is encoded of one by its index."""
+        """The encodings of `wanted`; `pixels` makes the VAE's input of one by its index."""
         # An image without a digest is not cached.
         keys: list[_ImageKey] = [(scope, digest or index) for index, (scope, _, digest) in enumerate(wanted)]
         places = {key: index for index, key in enumerate(keys)}

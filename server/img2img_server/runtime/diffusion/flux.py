@@ -23,13 +23,13 @@ from img2img_server.runtime.schedulers.flow import FluxSchedulers
 from img2img_server.support.source_rule import MaskUse
 
 _CONTROL = "control_latents"
-"""What `FluxControl` adds to the tokens of the latents: those of the control image, [R, N, C]."""
+"""The control image's tokens, [R, N, C], which `FluxControl` adds to those of the latents."""
 _IDS = ("txt_ids", "img_ids")
 """The position ids that diffusers' class takes, and graphs that other tools made: [tokens, 3]."""
 
 
 class AnyFlux(TokenPipeline):
-    """What Flux and Kontext have in common."""
+    """The common base of Flux and Kontext."""
 
     def _encode_texts(self, texts: list[str]) -> list[Embedding]:
         hidden_states, pooled, _ = self._pipe.encode_prompt(texts, None, self._pipe._execution_device)

@@ -1,4 +1,4 @@
-"""Inpainting models of Stable Diffusion 1, 2 and XL, whose UNets see the mask and the source without what is redrawn.
+"""Inpainting models of Stable Diffusion 1, 2 and XL, whose UNets see the mask and the source without its redrawn part.
 
 The order of calls is that of StableDiffusionInpaintPipeline.__call__ and StableDiffusionXLInpaintPipeline.__call__.
 """

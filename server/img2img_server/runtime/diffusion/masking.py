@@ -22,10 +22,10 @@ _HALF = 128
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blend:
-    """What replaces a request's latents [n, C, h, w] outside its mask. All tensors have the latents' shape and device.
+    """The latents [n, C, h, w] that replace a request's outside its mask. All tensors have the latents' shape and device.
 
     `redrawn` is 1 where the mask is white, else 0, and between them for models with soft masks. `original` are the source's
-    latents and `noise` that of the first step, both times what `redrawn` lacks of 1.
+    latents and `noise` that of the first step, both times 1 - `redrawn`.
     """
 
     redrawn: torch.Tensor
@@ -71,7 +71,7 @@ def default_mask(size: tuple[int, int]) -> Mask:
 
 
 def kept_latents(blends: Sequence[Blend], steps: Sequence[int]) -> Sequence[torch.Tensor]:
-    """What replaces the latents of each request outside its mask after its step, 0 elsewhere. `steps` are counted from 0."""
+    """The latents that replace each request's outside its mask after its step, 0 elsewhere. `steps` are counted from 0."""
     levels = [blend.levels.after[step] for blend, step in zip(blends, steps, strict=True)]
     kept = torch._foreach_mul([blend.original for blend in blends], [signal for signal, _ in levels])
     noises = torch._foreach_mul([blend.noise for blend in blends], [noise for _, noise in levels])

@@ -19,8 +19,8 @@ _LIGHT = "light"
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What a request skips. `called` are the steps in which it calls the model, and `light` says for each of these whether it is
-    light; both are empty without a `speedup`. `reason` is why a request that allows one has none."""
+    """The work that a request skips. `called` are the steps in which it calls the model, and `light` says for each of these
+    whether it is light; both are empty without a `speedup`. `reason` is why a request that allows one has none."""
 
     speedup: Speedup | None = None
     called: tuple[int, ...] = ()
@@ -110,7 +110,7 @@ class SpeedupChooser:
         return ""
 
     def _able(self, scheduler: CachedScheduler) -> list[Speedup]:
-        """Those that are possible with this denoiser and scheduler."""
+        """The settings that are possible with this denoiser and scheduler."""
         able = [one for one in self.speedups.table if self.has_features or not one.keeps_features]
         return able if scheduler.can_skip else [one for one in able if not one.skip_period]
 

@@ -1,4 +1,4 @@
-"""What the families have in common whose denoiser is called step by step: the stages that the engine schedules.
+"""The common base of families whose denoiser is called step by step: the stages that the engine schedules.
 
 Only the loop is ours: prompts, images, latents, timesteps and schedulers are handled by the methods of diffusers' img2img
 pipeline, whose components are ONNX modules or torch modules.
@@ -83,7 +83,7 @@ class SteppedPipeline(ABC):
     mask_mode = "nearest"
     """How masks are scaled to the size of latents: a mode of torch's `interpolate`."""
     encodes_masked_source = True
-    """Whether diffusers' inpainting class encodes the source without what is redrawn, too."""
+    """Whether diffusers' inpainting class also encodes the source without its redrawn part."""
 
     takes_controls = False
     """Whether requests may have ControlNets, if the denoiser has a control graph."""
@@ -398,7 +398,7 @@ class SteppedPipeline(ABC):
         """The pixels [n, 3, H, W], from -1 to 1, of latents [n, C, h, w]."""
 
     def _shape(self, request: Request) -> tuple[Hashable, int]:
-        """What requests must have in common to share calls, and the pixels of each row in a call."""
+        """The key that requests must share to share calls, and the pixels of each row in a call."""
         width, height = request.image.size
         return (height, width), width * height
 
@@ -416,7 +416,7 @@ class SteppedPipeline(ABC):
         return [{text: found[scoped] for text, scoped in own.items()} for own in texts]
 
     def _pixels(self, image: Image.Image) -> torch.Tensor:
-        """What the VAE encodes of a source, [1, 3, H, W]."""
+        """The VAE's input for a source, [1, 3, H, W]."""
         pixels: torch.Tensor = self._pipe.image_processor.preprocess(image)
         return pixels
 
@@ -438,7 +438,7 @@ class SteppedPipeline(ABC):
         return {}
 
     def _noise(self, output: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
-        """What the denoiser predicted for `samples`, in their shape."""
+        """The denoiser's prediction for `samples`, in their shape."""
         return output
 
     def _first_latents(

@@ -136,7 +136,7 @@ class TokenPipeline(SteppedPipeline):
         return [next(masked if request.mask else others) for request in requests]
 
     def _sized_pixels(self, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-        """What the VAE encodes of an image at a size: of the source of a request with a mask, at that of the result."""
+        """The VAE's input for an image at a size: for the source of a request with a mask, at the result's."""
         width, height = size
         pixels: torch.Tensor = self._pipe.image_processor.preprocess(image, height, width)
         return pixels
@@ -166,10 +166,10 @@ class TokenPipeline(SteppedPipeline):
     _patch = 4
     """The transformer's channels for each channel of latents."""
     _no_image: tuple[None, ...] = (None,)
-    """How `prepare_latents` is told that there is no image."""
+    """The argument of `prepare_latents` that stands for no image."""
 
     def _packed(self, latents: torch.Tensor) -> torch.Tensor:
-        """What `prepare_latents` returns, tokens [n, N, C], as latents [n, C, N, 1]."""
+        """The result of `prepare_latents`, tokens [n, N, C], as latents [n, C, N, 1]."""
         return latents.transpose(1, 2)[..., None].contiguous()
 
     @property

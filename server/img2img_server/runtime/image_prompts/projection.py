@@ -1,7 +1,7 @@
-"""The image projection of an IP-Adapter: what an image encoder makes of an image -> tokens, as wide as those of texts.
+"""The image projection of an IP-Adapter: an image encoder's output -> tokens, as wide as those of texts.
 
-The names are those in the files of h94/IP-Adapter, below `image_proj.`. Each kind computes what diffusers' class does that it
-names. diffusers' own modules are not used: to import what converts these names takes seconds and more than 150 MB.
+The names are those in the files of h94/IP-Adapter, below `image_proj.`. Each kind computes the same as the diffusers class that
+it names. diffusers' own modules are not used: importing its converter of these names takes seconds and more than 150 MB.
 """
 
 from collections.abc import Callable, Mapping

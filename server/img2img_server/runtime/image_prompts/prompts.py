@@ -1,7 +1,5 @@
-"""The image prompts of requests to one model: checked, and made into what its control graph takes of them.
-
-What the image encoder and the adapter make of an image, and what they make of none for the negative prompt, is that of
-`prepare_ip_adapter_image_embeds` of diffusers' pipelines.
+"""The image prompts of requests to one model: checks them, and makes the inputs of its control graph. The embeddings of an image,
+and of no image for the negative prompt, are those of `prepare_ip_adapter_image_embeds` of diffusers' pipelines.
 """
 
 import functools
@@ -78,7 +76,7 @@ class ModelImagePrompts:
         self._control.get()
 
     def of(self, request: Request, is_guided: bool, device: torch.device) -> PromptStates | None:
-        """What the control graph takes of the request's image prompts, on the device; None if none has an effect. Raises
+        """The control graph's inputs for the request's image prompts, on the device; None if none has an effect. Raises
         InvalidField."""
         if not request.image_prompts:
             return None

@@ -105,7 +105,8 @@ def _shapes(file: Any) -> Shapes:
 
 
 def _check(shapes: Shapes, model: PromptKind) -> tuple[AdapterNeeds, list[str]]:
-    """What an IP-Adapter with these shapes needs, and the names of the weights of its image projection. Raises AdapterProblem."""
+    """The requirements of an IP-Adapter with these shapes, and the names of the weights of its image projection. Raises
+    AdapterProblem."""
     needs = needs_of(shapes)
     if problem := difference(needs.fits, model):
         raise AdapterProblem(f"does not fit the model: {problem}")

@@ -39,7 +39,7 @@ _KINDS = {
 _BARE = ("time_text_embed.", "x_embedder.", "context_embedder.", "norm_out.", "proj_out.")
 """Layers of Flux' transformer in kohya's files that diffusers translates without the name of the component."""
 _CLIP = "text_model."
-"""What the names of CLIP's modules begin with, or do not, depending on the version of transformers that wrote them."""
+"""The prefix of CLIP's modules, which depends on the version of transformers that wrote them."""
 _MOST_NAME = 512
 """Maximum characters of a tensor's name; real ones have up to about 150."""
 _ADAPTER_METADATA = "lora_adapter_metadata"
@@ -48,7 +48,7 @@ _CONVERT_FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError,
 
 @dataclass(frozen=True, slots=True)
 class LoraLayer:
-    """What a LoRA adds to the weight of `module` of the model's `component`: factor * up @ down, both flattened to matrices.
+    """A LoRA's addition to the weight of `module` of the model's `component`: factor * up @ down, both flattened to matrices.
 
     `down` is [rank, in] or, for a convolution, [rank, in, h, w]; `up` is [out, rank]. `factor` is alpha / rank.
     """

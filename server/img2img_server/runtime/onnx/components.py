@@ -224,7 +224,7 @@ class Components:
 
 
 def _quantized(folder: Path, weight_format: WeightFormat) -> Any:
-    """What tells transformers which layers of a module are in `weight_format`. Raises BundleError."""
+    """transformers' configuration of the layers of a module that are in `weight_format`. Raises BundleError."""
     from img2img_server.runtime.common.weight_only import BITS, WeightOnlyConfig
 
     try:

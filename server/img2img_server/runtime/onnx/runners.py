@@ -115,7 +115,7 @@ class SplitGraphRunner:
 
 
 class Later(Generic[_T]):
-    """What `open_it` opens when it is first needed, on any thread. `opened` is None until then."""
+    """A resource that `open_it` opens on first use, on any thread. `opened` is None until then."""
 
     def __init__(self, open_it: Callable[[], _T]) -> None:
         self.opened: _T | None = None
@@ -123,7 +123,7 @@ class Later(Generic[_T]):
         self._lock = threading.Lock()
 
     def get(self) -> _T:
-        """What was opened. Slow the first time. Raises the errors of `open_it`."""
+        """The opened resource. Slow the first time. Raises the errors of `open_it`."""
         with self._lock:
             if self.opened is None:
                 self.opened = self._open()

@@ -50,7 +50,7 @@ class TokenGraph:
         raise NotImplementedError
 
     def output(self, call: Mapping[str, Any], sample: torch.Tensor) -> Any:
-        """What diffusers' class returns for the call, from the graph's output."""
+        """The graph's output in the form that diffusers' class returns."""
         return sample
 
     def conditions(self, text: torch.Tensor, sizes: Sequence[Size]) -> Tensors:

@@ -15,11 +15,11 @@ from img2img_server.runtime.common.pipe import size_multiple
 from img2img_server.runtime.schedulers.cache import SchedulerCache
 
 _SHIFT = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-"""What a scheduler's configuration says of dynamic shifting, in the order of `calculate_shift`."""
+"""Keys of dynamic shifting in a scheduler's configuration, in the order of `calculate_shift`."""
 
 
 class FlowSchedulers(SchedulerCache):
-    """Those of Stable Diffusion 3. A strength above 0 leaves at least one step, unless it is lost in rounding."""
+    """The schedulers of Stable Diffusion 3. A strength above 0 leaves at least one step, unless it is lost in rounding."""
 
     def _first_steps(self, request: Request) -> int:
         steps = request.num_inference_steps
@@ -58,7 +58,7 @@ class FlowSchedulers(SchedulerCache):
 
 
 class FluxSchedulers(FlowSchedulers):
-    """Those of Flux, whose pipeline spaces the noise levels itself."""
+    """The schedulers of Flux, whose pipeline spaces the noise levels itself."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -73,14 +73,14 @@ class FluxSchedulers(FlowSchedulers):
 
 
 class ZImageSchedulers(FluxSchedulers):
-    """Those of Z-Image, which spaces the noise levels in single precision."""
+    """The schedulers of Z-Image, which spaces the noise levels in single precision."""
 
     def _sigmas(self, steps: int) -> Any:
         return torch.linspace(1.0, 1 / steps, steps).tolist()
 
 
 class EditSchedulers(FluxSchedulers):
-    """Those of models that edit: without a mask they have no strength, and run all steps."""
+    """The schedulers of models that edit: without a mask they have no strength, and run all steps."""
 
     def _first_steps(self, request: Request) -> int:
         return request.num_inference_steps if request.mask is None else super()._first_steps(request)
@@ -94,7 +94,7 @@ class EditSchedulers(FluxSchedulers):
 
 
 class Flux2Schedulers(EditSchedulers):
-    """Those of FLUX.2, whose shift depends on the number of steps, too."""
+    """The schedulers of FLUX.2, whose shift also depends on the number of steps."""
 
     def _shift_of(self, tokens: int, steps: int) -> float:
         # Older releases of diffusers have no FLUX.2.

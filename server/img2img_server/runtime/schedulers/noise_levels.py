@@ -43,7 +43,7 @@ def predict_original(
     if hasattr(scheduler, "precondition_outputs"):  # EDM
         original: torch.Tensor = scheduler.precondition_outputs(sample, output, torch.tensor(noise))
         return original
-    if is_flow(scheduler):  # flow matching: what is predicted is noise - x0
+    if is_flow(scheduler):  # flow matching predicts noise - x0
         return sample - noise * output
     if signal == 1.0 and input_scale < 1.0:
         # A variance-exploding process. KDPM2's middle steps have a noise level that only the scale shows.
@@ -74,7 +74,7 @@ class NoiseLevels:
         self._nexts = list(range(1, len(timesteps))) if called is None else list(called[1:])
 
     def part(self, called: Sequence[int]) -> "NoiseLevels":
-        """Those of a solver that joins the steps from each of `called` up to the next."""
+        """The noise levels of a solver that joins the steps from each of `called` up to the next."""
         return NoiseLevels(self._scheduler, self._timesteps, self._scales, called)
 
     @functools.cached_property
@@ -119,7 +119,7 @@ class Noising:
         return signal * original + level * noise
 
     def scale_noise(self, original: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """What schedulers of flow matching have in place of `add_noise`."""
+        """Adds noise as flow-matching schedulers do, which have no `add_noise`."""
         return self.add_noise(original, noise, timesteps)
 
     def __getattr__(self, name: str) -> Any:

@@ -145,7 +145,7 @@ def _request(pipeline: Pipeline, guidance: float) -> Request:
 
 
 def _signature(value: Any) -> Hashable:
-    """What compiled code depends on: shapes and types of tensors, and the values of all other arguments."""
+    """The key of compiled code: shapes and types of tensors, and the values of all other arguments."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.dtype, value.device, value.stride()
     if isinstance(value, dict):
