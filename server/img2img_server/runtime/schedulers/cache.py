@@ -96,9 +96,12 @@ class SchedulerCache:
         device = torch.device("cpu")
         view = view_of(self._pipe, scheduler=copy.deepcopy(self._scheduler(request.scheduler)))
         try:
-            timesteps = self._set(view, request, device)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                timesteps = self._set(view, request, device)
         except ValueError as error:
             raise InvalidField("num_inference_steps", f"the scheduler does not support this number: {error}") from None
+        if not timesteps.isfinite().all():  # of one step, by a scheduler with `shift_terminal`: diffusers' image is black
+            raise InvalidField("num_inference_steps", "the scheduler does not support this number: increase it")
         schedule = compile_schedule(view.scheduler, timesteps)
         levels = NoiseLevels(view.scheduler, timesteps, () if schedule is None else schedule.input_scales)
         if schedule is None:

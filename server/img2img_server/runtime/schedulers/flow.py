@@ -14,8 +14,13 @@ from img2img_server.engine.request import Request
 from img2img_server.runtime.common.pipe import size_multiple
 from img2img_server.runtime.schedulers.cache import SchedulerCache
 
-_SHIFT = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-"""Keys of dynamic shifting in a scheduler's configuration, in the order of `calculate_shift`."""
+_SHIFT = {
+    "base_image_seq_len": "base_seq_len",
+    "max_image_seq_len": "max_seq_len",
+    "base_shift": "base_shift",
+    "max_shift": "max_shift",
+}
+"""Keys of dynamic shifting in a scheduler's configuration, and the parameters of `calculate_shift`, which have defaults."""
 
 
 class FlowSchedulers(SchedulerCache):
@@ -50,7 +55,8 @@ class FlowSchedulers(SchedulerCache):
         """The shift for an image of so many tokens."""
         from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift
 
-        return float(calculate_shift(tokens, *(self._pipe.scheduler.config[name] for name in _SHIFT)))
+        config = self._pipe.scheduler.config
+        return float(calculate_shift(tokens, **{parameter: config[name] for name, parameter in _SHIFT.items() if name in config}))
 
     def _tokens(self, request: Request) -> int:
         width, height = (length // size_multiple(self._pipe) for length in request.result_size)
@@ -101,6 +107,10 @@ class Flux2Schedulers(EditSchedulers):
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         return float(compute_empirical_mu(tokens, steps))
+
+    def _sigmas(self, steps: int) -> Any:
+        # Schedulers for more than flow matching (UniPC, DPM++) space the noise levels themselves.
+        return None if self._pipe.scheduler.config.get("use_flow_sigmas") else super()._sigmas(steps)
 
 
 def _retrieve_timesteps(*arguments: Any, **named: Any) -> Any:
