@@ -129,8 +129,8 @@ def test_an_argument_varies_by_its_value_and_not_by_its_address() -> None:
 
 
 def test_a_denoiser_that_takes_a_mask_of_its_texts_is_a_graph(bundle: Get) -> None:
-    """Chroma's transformer has such an input, as text encoders have, and no token ids."""
+    """As Chroma's transformer does."""
     manifest = read_manifest(bundle("chroma"))
     assert manifest.backend == "onnx", manifest.backend_reason
     (transformer,) = [part for part in manifest.components if part.name == "transformer"]
-    assert "attention_mask" in {item.name for item in transformer.inputs}
+    assert "prompt_mask" in {item.name for item in transformer.inputs}

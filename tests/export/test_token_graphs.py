@@ -20,10 +20,10 @@ from img2img_export.verify import token_cases
 from img2img_export.verify.parity import open_graph
 from img2img_server.runtime.onnx import token_graphs
 
-MODELS = ["sd3", "flux-dev", "kontext", "klein", "flux2", "qwenimage", "qwenimage-clean", "zimage"]
+MODELS = ["sd3", "flux-dev", "chroma", "kontext", "klein", "flux2", "qwenimage", "qwenimage-clean", "zimage"]
 """Tiny models; "qwenimage-clean" has `zero_cond_t`, as Qwen-Image-Edit-2511 has it."""
 
-_EVERY_RUN = ("sd3", "flux-dev", "klein", "qwenimage-clean", "zimage")
+_EVERY_RUN = ("sd3", "flux-dev", "chroma", "klein", "qwenimage-clean", "zimage")
 
 
 class Made:

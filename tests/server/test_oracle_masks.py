@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from covering import covering, nightly_but
-from diffusers import AutoPipelineForInpainting, FluxFillPipeline, StableDiffusionInpaintPipeline
+from diffusers import AutoPipelineForInpainting, ChromaInpaintPipeline, FluxFillPipeline, StableDiffusionInpaintPipeline
 from diffusers.image_processor import VaeImageProcessor
 from img2img_client import Client, InvalidRequest
 from img2img_server.models.registry import ModelRegistry
@@ -27,7 +27,7 @@ from running import running
 
 INPAINTING = ("sd-inpaint", "sdxl-inpaint")
 """Their UNets see the mask and the masked source."""
-FAMILIES = ("sd1", "sd2", "sdxl", "refiner", "sd3", "flux-dev", "zimage", "qwenimage", *INPAINTING)
+FAMILIES = ("sd1", "sd2", "sdxl", "refiner", "sd3", "flux-dev", "chroma", "zimage", "qwenimage", *INPAINTING)
 SIZE = (64, 96)
 SOURCE_SIZE = (80, 112)
 
@@ -58,6 +58,9 @@ def oracle(tiny_model: Callable[[str], Path]) -> Callable[[str], Any]:
         if name not in pipes:
             if name == "flux-fill":
                 pipe = FluxFillPipeline.from_pretrained(tiny_model(name))
+            elif name == "chroma":  # which AutoPipelineForInpainting does not know
+                pipe = ChromaInpaintPipeline.from_pretrained(tiny_model(name))
+                pipe.transformer.register_to_config(guidance_embeds=False)  # it looks for this key of Flux
             elif name == "lcm":  # no inpainting class is its own; Stable Diffusion's knows its guidance
                 pipe = StableDiffusionInpaintPipeline.from_pretrained(tiny_model(name), safety_checker=None)
             else:
@@ -107,6 +110,8 @@ def expected(pipe: Any, mask: Image.Image, settings: Settings, seed: int, pasted
     for index in range(count):
         generator = torch.Generator("cpu").manual_seed(seed + index)
         masked = {"mask_image": mask, "width": SIZE[0], "height": SIZE[1]}
+        if type(pipe).__name__ == "ChromaInpaintPipeline":
+            masked["max_sequence_length"] = 512  # as Chroma's other classes have it; padding counts
         made = pipe("a lake", image=image, generator=generator, **masked, **settings).images[0]
         if pasted:
             own = mask.convert("L").resize(SIZE, Image.Resampling.LANCZOS)

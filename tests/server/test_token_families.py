@@ -25,6 +25,7 @@ FAMILIES = {
     "kontext": ("flux-kontext", "onnx"),
     "klein": ("flux-2-klein", "onnx"),
     "flux2": ("flux-2", "onnx"),
+    "chroma": ("chroma", "onnx"),
     "qwenimage": ("qwen-image", "onnx"),
     "zimage": ("z-image", "onnx"),
 }
@@ -47,7 +48,7 @@ def mixed() -> list[Request]:
         make_request(image=tall, prompt=_LONG, seeds=(3,), num_inference_steps=5, guidance_scale=1.0, strength=0.7,
                      negative_prompt="fog and a forest", true_cfg_scale=2.5),
         make_request(image=tall, prompt="winter", seeds=(4,), num_inference_steps=2, guidance_scale=2.5, strength=1.0,
-                     size=(96, 64)),
+                     negative_prompt="fog", true_cfg_scale=1.0, size=(96, 64)),
     ]  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def run(pipeline: Any, requests: list[Request]) -> tuple[list[Any], list[int]]:
     return list(images), rows
 
 
-@pytest.mark.parametrize("name", nightly_but(FAMILIES, "klein", "qwenimage", "zimage"))
+@pytest.mark.parametrize("name", nightly_but(FAMILIES, "klein", "chroma", "qwenimage", "zimage"))
 def test_requests_with_different_shapes_prompts_and_steps_share_calls(
     name: str, bundle: Callable[[str], Path], tiny_model: Callable[[str], Path]
 ) -> None:
@@ -155,7 +156,7 @@ def test_a_bundle_in_pytorch_is_opaque(bundle: Callable[[str], Path]) -> None:
     assert [(plan.backend, plan.family) for plan in plans] == [*stepped, ("torch", WHOLE)]
 
 
-@pytest.mark.parametrize("name", ["klein", "qwenimage"])
+@pytest.mark.parametrize("name", ["klein", "chroma", "qwenimage"])
 def test_previews_of_the_last_step_show_the_result(name: str, bundle: Callable[[str], Path]) -> None:
     """Of requests of both shapes: what the last step predicts are the latents that are decoded."""
     pipeline: Any = load_pipeline(bundle(name), read_manifest(bundle(name)), Execution("cpu"))

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and Flux, stepped by the engine: mixed requests share calls, and each image is diffusers' own, to 1/255."""
+"""Stable Diffusion 3, Flux and Chroma, stepped: mixed requests share calls, and each image is diffusers' own, to 1/255."""
 
 import copy
 import inspect
@@ -25,29 +25,39 @@ from img2img_server.engine.request import Completed, Request, run_alone
 from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.errors import InvalidField
 from img2img_server.runtime.diffusion import preview
+from img2img_server.runtime.diffusion.chroma import Chroma
 from img2img_server.runtime.diffusion.flux import Flux
 from img2img_server.runtime.diffusion.masking import default_mask
 from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3, StableDiffusion3Tokens
+from img2img_server.runtime.diffusion.stepped import SteppedPipeline
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.opaque.pipeline import OpaquePipeline
 from img2img_server.runtime.schedulers.registry import FLOW_NAMES
 from PIL import Image
 
-MODELS = {"sd3-no-t5": StableDiffusion3, "sd3": StableDiffusion3, "flux-dev": Flux, "flux": Flux}
+MODELS = {"sd3-no-t5": StableDiffusion3, "sd3": StableDiffusion3, "flux-dev": Flux, "flux": Flux, "chroma": Chroma}
 """Tiny models, and their family. Flux dev shifts its timesteps by the image's size, and takes guidance as an input."""
+CLASSES = {
+    StableDiffusion3: diffusers.StableDiffusion3Img2ImgPipeline,
+    Flux: diffusers.FluxImg2ImgPipeline,
+    Chroma: diffusers.ChromaImg2ImgPipeline,
+}
+GUIDED = ("sd3-no-t5", "sd3", "chroma")
+"""Models that guide with a second row."""
 KINDS = ("sd3-no-t5", "flux-dev")
+"""Those that the engine also steps in PyTorch."""
 SIZES = ((64, 64), (96, 64), (80, 112))
 
-Load = Callable[..., StableDiffusion3 | Flux]
+Load = Callable[..., SteppedPipeline]
 
 
 @pytest.fixture(scope="module")
 def load(bundle: Callable[[str], Path]) -> Load:
-    def get(name: str, **changes: Any) -> StableDiffusion3 | Flux:
+    def get(name: str, **changes: Any) -> SteppedPipeline:
         manifest = replace(read_manifest(bundle(name)), **changes)
         pipeline = load_pipeline(bundle(name), manifest, Execution("cpu"), cache=Cache(2**20))
-        assert isinstance(pipeline, StableDiffusion3Tokens if name.startswith("sd3") else Flux)
+        assert isinstance(pipeline, StableDiffusion3Tokens if name.startswith("sd3") else MODELS[name])
         return pipeline
 
     return get
@@ -60,9 +70,7 @@ def oracle(tiny_model: Callable[[str], Path]) -> Callable[[str], Any]:
 
     def get(name: str) -> Any:
         if name not in pipes:
-            kind = (
-                diffusers.StableDiffusion3Img2ImgPipeline if MODELS[name] is StableDiffusion3 else diffusers.FluxImg2ImgPipeline
-            )
+            kind = CLASSES[MODELS[name]]
             left_out: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3-no-t5" else {}
             pipes[name] = kind.from_pretrained(tiny_model(name), torch_dtype=torch.float32, local_files_only=True, **left_out)
             pipes[name].set_progress_bar_config(disable=True)
@@ -143,8 +151,8 @@ def test_mixed_requests_share_calls_and_match_diffusers(
 ) -> None:
     requests = mixed(size)
     callers, rows = run_together(load(name), requests, monkeypatch)
-    # 4, 2, 5 and 1 steps: as many calls as the longest has. Stable Diffusion 3 guides with a second row.
-    assert rows == ([2 + 2 + 2 + 1, 2 + 2 + 2, 2 + 2, 2 + 2, 2] if name.startswith("sd3") else [5, 4, 2, 2, 1])
+    # 4, 2, 5 and 1 steps: as many calls as the longest has.
+    assert rows == ([2 + 2 + 2 + 1, 2 + 2 + 2, 2 + 2, 2 + 2, 2] if name in GUIDED else [5, 4, 2, 2, 1])
     for request, caller in zip(requests, callers, strict=True):
         for seed, image in zip(request.seeds, images_of(caller), strict=True):
             assert difference(image, expected(oracle(name), request, seed)) <= 1
@@ -183,7 +191,7 @@ def test_portrait_and_landscape_images_share_calls(
     requests, pipeline = [first, second, replace(second, seeds=(8,), mask=default_mask((64, 96)))], load(name)
     alone = [run_alone(pipeline, request) for request in requests]
     callers, rows = run_together(pipeline, requests, monkeypatch)
-    assert rows == ([8, 8, 8, 2, 2] if name.startswith("sd3") else [4, 4, 4, 1, 1])
+    assert rows == ([8, 8, 8, 2, 2] if name in GUIDED else [4, 4, 4, 1, 1])
     for request, caller, own in zip(requests, callers, alone, strict=True):
         for seed, image, same in zip(request.seeds, images_of(caller), own, strict=True):
             assert request.mask is not None or difference(image, expected(oracle(name), request, seed)) <= 1

@@ -40,7 +40,7 @@ GRAPHS = {
     ),
     "FluxImg2ImgPipeline": ("flux", ("text_encoder", "text_encoder_2", "transformer", "vae")),
     "FluxControlImg2ImgPipeline": ("flux-control", ("text_encoder", "text_encoder_2", "transformer", "vae")),
-    "ChromaImg2ImgPipeline": (WHOLE, ("text_encoder", "transformer", "vae")),
+    "ChromaImg2ImgPipeline": ("chroma", ("text_encoder", "transformer", "vae")),
     "FluxKontextPipeline": ("flux-kontext", ("text_encoder", "text_encoder_2", "transformer", "vae")),
     "Flux2KleinPipeline": ("flux-2-klein", ("text_encoder", "transformer", "vae")),
     "Flux2Pipeline": ("flux-2", ("text_encoder", "transformer", "vae")),
@@ -52,6 +52,7 @@ GRAPHS = {
 """Pipeline classes that become graphs entirely: the server's family name, and the components."""
 
 _STEPPED_AS_GRAPH = (
+    "ChromaImg2ImgPipeline",
     "FluxKontextPipeline",
     "Flux2KleinPipeline",
     "Flux2Pipeline",

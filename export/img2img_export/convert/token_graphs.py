@@ -1,4 +1,4 @@
-"""The transformers of Stable Diffusion 3, Flux, FLUX.2, Qwen-Image and Z-Image as graphs of batched tokens.
+"""The transformers of Stable Diffusion 3, Flux, Chroma, FLUX.2, Qwen-Image and Z-Image as graphs of batched tokens.
 
 Traced as they are, these classes become graphs of one size and one row, or none at all: they take positions without a batch axis,
 sizes as Python numbers, or lists, and turn them into rotary tables by complex numbers. Here their blocks are called in the order
@@ -91,7 +91,7 @@ class FluxKind(TokenKind):
         return {"pooled_projections": "row"} | self._guidance()
 
     def _guidance(self) -> dict[str, str]:
-        return {"guidance": "row"} if self._config["guidance_embeds"] else {}
+        return {"guidance": "row"} if self._config.get("guidance_embeds") else {}
 
     def example(self, layout: Layout, timestep: float, generator: torch.Generator) -> dict[str, Any]:
         """A call of diffusers' class with a row of random tokens."""
@@ -110,6 +110,28 @@ class FluxKind(TokenKind):
     def _denoise(self, model: Any, **inputs: torch.Tensor) -> torch.Tensor:
         with flux_arguments(model, inputs) as arguments:
             found: torch.Tensor = model(**arguments, return_dict=False)[0]
+        return found
+
+
+class ChromaKind(FluxKind):
+    """Chroma, whose pipeline adds a mask of ones and zeros to the scores: between tokens of ones they are greater by one. So no
+    token is hidden, and padding has an effect."""
+
+    def _more(self) -> dict[str, str]:
+        return {"prompt_mask": "text"}
+
+    def example(self, layout: Layout, timestep: float, generator: torch.Generator) -> dict[str, Any]:
+        """A call of diffusers' class with a row of random tokens, a third of whose text is padding."""
+        call = super().example(layout, timestep, generator)
+        mask = torch.ones(1, layout.text + call["hidden_states"].shape[1])
+        mask[:, layout.text - layout.text // 3 : layout.text] = 0
+        return call | {"attention_mask": mask}
+
+    def _denoise(self, model: Any, **inputs: torch.Tensor) -> torch.Tensor:
+        image = torch.ones_like(inputs["hidden_states"][..., 0])
+        mask = torch.cat([inputs["prompt_mask"].to(image.dtype), image], dim=1)
+        with flux_arguments(model, inputs) as arguments:
+            found: torch.Tensor = model(**arguments, attention_mask=mask, return_dict=False)[0]
         return found
 
 
@@ -261,6 +283,7 @@ class SD3Kind(TokenKind):
 KINDS: dict[str, type[TokenKind]] = {
     "SD3Transformer2DModel": SD3Kind,
     "FluxTransformer2DModel": FluxKind,
+    "ChromaTransformer2DModel": ChromaKind,
     "Flux2Transformer2DModel": Flux2Kind,
     "QwenImageTransformer2DModel": QwenKind,
     "ZImageTransformer2DModel": ZKind,
@@ -285,7 +308,7 @@ def flux_arguments(model: Any, inputs: Tensors) -> Iterator[dict[str, Any]]:
     exact = [inputs["timestep"] * 1000, *([] if guidance is None else [guidance * 1000])]
     with (
         patch.object(model.pos_embed, "forward", lambda _: where),
-        patch.object(model.time_text_embed, "forward", lambda *rounded: embed(*exact, rounded[-1])),
+        patch.object(model.time_text_embed, "forward", lambda *rounded: embed(*exact, *rounded[len(exact) :])),
         _processors(model.transformer_blocks, _Joint()),
         _processors(model.single_transformer_blocks, _Single()),
     ):
@@ -322,11 +345,14 @@ def _rotate(states: torch.Tensor, where: _Where) -> torch.Tensor:
     return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2).to(states.dtype)
 
 
-def _attend(attn: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, where: _Where) -> torch.Tensor:
-    """Attention of [B, S, heads, D] with rotated queries and keys: [B, S, heads * D]."""
+def _attend(
+    attn: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, where: _Where, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of [B, S, heads, D] with rotated queries and keys: [B, S, heads * D]. `bias` is in place of that of `where`."""
     query, key, value = (part.transpose(1, 2) for part in (_rotate(query, where), _rotate(key, where), value))
     scale = (attn.inner_dim // attn.heads) ** -0.5
-    states = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=where.bias, scale=scale)
+    bias = where.bias if bias is None else bias
+    states = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     return states.transpose(1, 2).flatten(2)
 
 
@@ -341,7 +367,7 @@ class _Joint:
         attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        attention_mask: None = None,
+        attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
         encoder_hidden_states_mask: None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -349,7 +375,7 @@ class _Joint:
         added = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
         text = _projected(attn, encoder_hidden_states, *added)
         query, key, value = (torch.cat(pair, 1) for pair in zip(text, image, strict=True))
-        states = _attend(attn, query, key, value, image_rotary_emb)
+        states = _attend(attn, query, key, value, image_rotary_emb, attention_mask)
         count = encoder_hidden_states.shape[1]
         return attn.to_out[0](states[:, count:]), attn.to_add_out(states[:, :count])
 
@@ -362,12 +388,12 @@ class _Single:
         attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: None = None,
-        attention_mask: None = None,
+        attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
         freqs_cis: Any = None,
     ) -> torch.Tensor:
         parts = _projected(attn, hidden_states, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
-        states = _attend(attn, *parts, where=freqs_cis or image_rotary_emb)
+        states = _attend(attn, *parts, where=freqs_cis or image_rotary_emb, bias=attention_mask)
         return attn.to_out[0](states) if freqs_cis else states
 
 

@@ -26,6 +26,7 @@ from img2img_server.runtime.companions import Companion, Companions
 from img2img_server.runtime.control.controls import ModelControls, NoControls
 from img2img_server.runtime.control.nets import open_controlnet
 from img2img_server.runtime.control.own import OwnControl
+from img2img_server.runtime.diffusion.chroma import Chroma
 from img2img_server.runtime.diffusion.flux import Flux, FluxControl
 from img2img_server.runtime.diffusion.flux_2 import Flux2, Flux2Klein, FluxKontext
 from img2img_server.runtime.diffusion.inpainting import StableDiffusionInpainting, StableDiffusionXLInpainting
@@ -64,6 +65,7 @@ FAMILIES: dict[str, type[SteppedPipeline]] = {
     "stable-diffusion-3": StableDiffusion3,
     "flux": Flux,
     "flux-control": FluxControl,
+    "chroma": Chroma,
     "flux-kontext": FluxKontext,
     "flux-2": Flux2,
     "flux-2-klein": Flux2Klein,

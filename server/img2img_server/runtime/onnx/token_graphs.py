@@ -84,7 +84,7 @@ class FluxTokens(TokenGraph):
         rows = len(call["hidden_states"])
         tables = {name: table.expand(rows, -1, -1, -1) for name, table in self._tables_of(text, image).items()}
         names = ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"]
-        if self._config["guidance_embeds"]:
+        if self._config.get("guidance_embeds"):
             names.append("guidance")
         return {name: call[name] for name in names if name in call} | tables
 
@@ -94,6 +94,16 @@ class Flux2Tokens(FluxTokens):
 
     _rotary = rotary.FLUX_2
     _positions = staticmethod(rotary.flux_2_positions)
+
+
+class ChromaTokens(FluxTokens):
+    """Chroma. Its `prompt_mask` [B, T] is not a `text_mask`: it raises scores, and hides no token. So texts are not padded."""
+
+    def inputs(self, call: Mapping[str, Any]) -> Tensors:
+        """Also `prompt_mask`. A call without a mask has ones, which raise all scores alike."""
+        text = call["encoder_hidden_states"]
+        mask = torch.ones_like(text[..., 0]) if call.get("attention_mask") is None else call["attention_mask"]
+        return super().inputs(call) | {"prompt_mask": mask[:, : text.shape[1]]}
 
 
 class QwenTokens(TokenGraph):
@@ -193,6 +203,7 @@ GRAPHS: dict[str, type[TokenGraph]] = {
     "SD3Transformer2DModel": SD3Tokens,
     "FluxTransformer2DModel": FluxTokens,
     "FluxControlNetModel": FluxTokens,
+    "ChromaTransformer2DModel": ChromaTokens,
     "Flux2Transformer2DModel": Flux2Tokens,
     "QwenImageTransformer2DModel": QwenTokens,
     "ZImageTransformer2DModel": ZTokens,
