@@ -1,4 +1,4 @@
-"""Files with the header of an image adapter (IP-Adapter) and no weights: all that a server needs to know what it fits."""
+"""Files with the header of an image adapter (IP-Adapter) and no weights: enough for a server to find the models that fit."""
 
 import json
 import struct
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 WIDTHS, TEXT = (32, 32, 64, 64, 64), 48
-"""Of the model that the adapters are for."""
+"""Widths of the adapters' model."""
 EMBEDDING, STATE = 24, 40
-"""Of the image encoder."""
+"""Widths of the image encoder."""
 
 PROJECTIONS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "plain": {"proj.weight": (4 * TEXT, EMBEDDING), "proj.bias": (4 * TEXT,), "norm.weight": (TEXT,), "norm.bias": (TEXT,)},

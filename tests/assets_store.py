@@ -1,4 +1,4 @@
-"""Asset stores for tests: one that is open within a block, on a clock that is put forward by hand."""
+"""Asset stores for tests: one that is open within a block, on a manual clock."""
 
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +13,7 @@ DAY = 24 * 3600.0
 
 
 class Time:
-    """A clock that is put forward by hand. It begins at the filesystems' own time."""
+    """A manual clock. It begins at the filesystem's time."""
 
     def __init__(self) -> None:
         self.now = time.time()

@@ -1,4 +1,4 @@
-"""An AsyncClient behind a Client's methods, so that what is promised of one is asked of both in the same words."""
+"""An AsyncClient behind a Client's methods, so that one test covers both."""
 
 import asyncio
 import threading
@@ -95,6 +95,6 @@ class Blocking:
 
 
 async def _settle() -> None:
-    """Lets what was cancelled end."""
+    """Waits for cancelled tasks to end."""
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     await asyncio.wait(others, timeout=_PATIENCE) if others else None

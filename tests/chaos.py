@@ -64,7 +64,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "the manifest a list": lambda bundle: (bundle / MANIFEST_NAME).write_text("[]"),
     "the manifest deep": lambda bundle: (bundle / MANIFEST_NAME).write_text("[" * 100_000),
 }
-"""What can happen to a bundle: it stays in the store, and is refused."""
+"""Damages of a bundle: it stays in the store and is refused."""
 
 
 def _folder(path: Path) -> None:

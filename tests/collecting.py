@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as pb_
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A span as it came. Times are in nanoseconds since 1970, ids in hex; `error` is the description of an error's status."""
+    """A received span. Times are in nanoseconds since 1970, ids in hex; `error` is the description of an error's status."""
 
     name: str
     trace: str
@@ -34,7 +34,7 @@ class Told:
 
 @dataclass(slots=True)
 class Collector:
-    """What came so far."""
+    """The spans received so far."""
 
     port: int = 0
     resources: list[dict[str, Any]] = field(default_factory=list)

@@ -53,7 +53,7 @@ axes of a graph variable that differ between images."""
 
 
 LONG = ("tests/test_readme.py", "tests/test_recipes.py", "tests/playground/test_in_a_browser.py")
-"""Files whose tests take long. They run first: no process waits for them at the end."""
+"""Files whose tests take long. They run first, so that no process waits for them at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -84,8 +84,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def own_log() -> Iterator[None]:
-    """Takes out what a command that a test ran in this process has put at the log's root: it writes where that test's output
-    was caught, which is closed when the next one comes."""
+    """Removes the log handler of a command that a test ran in this process: it writes to that test's captured output, which is
+    closed before the next test."""
     root = logging.getLogger()
     level = root.level
     yield

@@ -17,9 +17,8 @@ def nightly_but(values: Iterable[Any], *always: Any) -> list[Any]:
 
 
 def covering(**axes: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrizes a test with every combination of the axes' values; some, which cover them, run always.
-
-    Of three axes and more, each pair of values is in one of those that run always; of two, each value is.
+    """Parametrizes a test with every combination of the axes' values; some run always, the others nightly. With three axes or
+    more, the former cover each pair of values; with two, each value.
     """
     every = list(product(*(list(values) for values in axes.values())))
     always = cover(every, 1 if len(axes) < 3 else 2)

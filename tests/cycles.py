@@ -1,4 +1,4 @@
-"""Without the search for cycles: what is gone at once, and what only when Python looks for it."""
+"""Disables the garbage collector, to test that objects are freed at once, without cycles."""
 
 import contextlib
 import gc

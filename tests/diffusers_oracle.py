@@ -23,8 +23,8 @@ def source(width: int, height: int) -> Image.Image:
 
 
 def oracle(directory: Path, pipeline_class: str) -> Any:
-    """Diffusers' own pipeline. Parts that the model was saved without have to be left out by name, and processors whose videos
-    need torchvision are loaded without them."""
+    """Diffusers' own pipeline. Parts that the saved model lacks are excluded by name, and processors that need torchvision for
+    videos are loaded without them."""
     parts: dict[str, Any] = {}
     for name, entry in diffusers.DiffusionPipeline.load_config(directory).items():
         if entry == [None, None]:

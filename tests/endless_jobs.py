@@ -18,7 +18,8 @@ class _Small:
 
 @dataclass(frozen=True)
 class Endless(_Small):
-    """Runs in C for ever, without a look at signals, as a decoder in the middle of a bomb does. Takes any setting of a job."""
+    """Runs in C without an end and without checking signals, like a decoder of a decompression bomb. Takes any setting
+    of a job."""
 
     field: str = "image.data"
     settings: Any = None

@@ -45,10 +45,9 @@ class Observed:
 
 
 class FakeAssetService(Observed, asset_pb2_grpc.AssetServiceServicer):
-    """Keeps images in memory, by their SHA-256. `chunks` are the sizes of what came; `damage` makes downloads wrong.
-
-    An upload fails, where it is to, after its first message; a small one after its last, as grpc.aio loses the status of a call
-    that ends while a message is on its way.
+    """Keeps images in memory, by their SHA-256. `chunks` are the sizes of the received chunks; `damage` damages downloads. If an
+    upload is to fail, it does so after its first message; a small one after its last, as grpc.aio loses the status of a call that
+    ends while a message is on its way.
     """
 
     def __init__(self) -> None:

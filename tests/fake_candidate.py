@@ -35,7 +35,7 @@ pathlib.Path(job["folder"], "engine").write_text(word)
 
 
 class WatchedStore(ModelRegistry):
-    """A store with one model, "m", that remembers what was noted of engines."""
+    """A store with one model, "m", that records the states of engines."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         super().__init__([Model("m", manifest("acme/m"), pipeline)], default="m")

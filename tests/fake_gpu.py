@@ -29,7 +29,7 @@ NAMES = (
     "violation",
     "note",
 )
-"""What is counted: see tests/cuda/fake/README.md."""
+"""The counted calls: see tests/cuda/fake/README.md."""
 
 
 class FakeGpu:
@@ -51,7 +51,7 @@ class FakeGpu:
 
     @contextmanager
     def counting(self) -> Iterator[Counter[str]]:
-        """Gives a counter that has, after the block, what was counted in it; what is zero is left out."""
+        """Yields a counter that has, after the block, the calls within it, without zeros."""
         before = {name: self.count(name) for name in NAMES}
         found: Counter[str] = Counter()
         yield found

@@ -16,8 +16,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub:
     """A hub with one repository.
 
-    It asks for `token` if there is one, about the repository or, where that is `gated`, for its files only. It closes the
-    connection, `cuts` times, after `cut` bytes of a file that is longer. `sent` are the bytes of each file that went out.
+    It requires `token` if set: for the repository or, if that is `gated`, for its files only. It closes the connection, `cuts`
+    times, after `cut` bytes of a file that is longer. `sent` are the bytes of each file that went out.
     """
 
     files: dict[str, bytes]
@@ -87,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(part)
 
     def wanted(self, size: int) -> tuple[int, int]:
-        """Where the range that is asked for begins, and where it has ended."""
+        """The beginning and end of the requested range."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None:
             return 0, size

@@ -20,7 +20,7 @@ PATIENCE = 20.0
 """Seconds after which a test that waits for an event has failed."""
 
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
-"""What the fake server takes; less than the client would send."""
+"""The largest message that the fake server accepts, smaller than the client's."""
 
 
 def image_bytes(colour: str = "red", size: tuple[int, int] = (4, 2), image_format: str = "PNG") -> bytes:
@@ -164,7 +164,7 @@ class FakeHealth(health.HealthServicer):
 
     def Watch(self, request: health_pb2.HealthCheckRequest, context: Any, send_response_callback: Any = None) -> Any:
         watcher = super().Watch(request, context)
-        if not context.is_active():  # Left before it began: nobody else would end it.
+        if not context.is_active():  # Cancelled before it began; otherwise it would never end.
             watcher.close()
         return watcher
 

@@ -97,7 +97,7 @@ class FakeReplicas:
 
 
 class Rig:
-    """A front over such replicas, whose roster looks when it is told to."""
+    """A front over such replicas, whose roster polls on demand."""
 
     def __init__(self, replicas: FakeReplicas, limits: QueueLimits) -> None:
         self.replicas, self.clock = replicas, Clock()
@@ -107,7 +107,7 @@ class Rig:
         self.models = RemoteModels(replicas, self.roster)
 
     async def run(self, **settings: object) -> list[Event]:
-        """One request to its end: all that was told of it."""
+        """All events of one request."""
         return await self.submit(**settings).over()
 
     def submit(self, **settings: object) -> "Caller":
@@ -118,7 +118,7 @@ class Rig:
 
 
 class Caller:
-    """Submits a request and hears of it."""
+    """Submits a request and receives its events."""
 
     def __init__(self, front: Front, place: Slot | None = None, **settings: object) -> None:
         self.events: list[Event] = []

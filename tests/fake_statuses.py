@@ -24,14 +24,14 @@ def error_info(reason: str, domain: str = "img2img", **metadata: str) -> error_d
 
 
 def wrong_field(field: str, description: str) -> grpc.Status:
-    """What the server answers to a wrong field."""
+    """The server's response to a wrong field."""
     violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
     bad_request = error_details_pb2.BadRequest(field_violations=[violation])
     return rich_status(code_pb2.INVALID_ARGUMENT, f"{field}: {description}", error_info("INVALID_FIELD"), bad_request)
 
 
 def queue_full(retry_after: float) -> grpc.Status:
-    """What the server answers when it has no room."""
+    """The server's response if its queue is full."""
     delay = duration_pb2.Duration()
     delay.FromMilliseconds(round(retry_after * 1000))
     retry = error_details_pb2.RetryInfo(retry_delay=delay)
@@ -39,7 +39,7 @@ def queue_full(retry_after: float) -> grpc.Status:
 
 
 def unavailable() -> grpc.Status:
-    """What the server answers while it drains."""
+    """The server's response while it drains."""
     return rich_status(code_pb2.UNAVAILABLE, "shutting down", error_info("SHUTTING_DOWN"))
 
 

@@ -197,7 +197,7 @@ def make_engine(
     seconds: Callable[[int], float] = lambda rows: 1.0,
     codec_seconds: float = 0.0,
 ) -> tuple[Engine, FakePipeline, Clock]:
-    """An engine that is stepped by hand, on a fake pipeline "m" whose calls take one second for any number of rows."""
+    """An engine that tests step, on a fake pipeline "m" whose calls take one second for any number of rows."""
     clock = Clock()
     pipeline = FakePipeline(clock, seconds, max_rows, codec_seconds)
     return Engine({"m": pipeline}, limits, clock), pipeline, clock

@@ -1,8 +1,8 @@
 """The process of a server whose model is a fake with a fault: python tests/faulty_server.py FAULT [flags of `img2img serve`].
 
-FAULT is "none", for a model that works, "call", for a call of the model that never comes back, "loading", for a model that is
-never loaded, or "end", for an event loop that is blocked when the server is to stop at once. Standard output gets the word once
-it happens.
+FAULT is "none", for a model that works, "call", for a call of the model that never returns, "loading", for a model that is never
+loaded, or "end", for an event loop that is blocked when the server is to stop at once. Standard output gets the word once it
+happens.
 """
 
 import argparse

@@ -82,7 +82,7 @@ def nearly_valid(descriptor: Descriptor) -> st.SearchStrategy[Message]:
 
 
 def wires(descriptor: Descriptor) -> st.SearchStrategy[bytes]:
-    """What may come over the wire in place of a message: one, two in one (both members of a oneof), or no message at all."""
+    """Possible input in place of a message: a valid one, two in one (both members of a oneof), or none."""
     sound = (messages(descriptor) | nearly_valid(descriptor)).map(lambda message: message.SerializeToString())
     twice = st.tuples(sound, sound).map(b"".join)
     torn = st.tuples(sound, st.integers(0, 300)).map(lambda pair: pair[0][: pair[1]])
@@ -90,7 +90,7 @@ def wires(descriptor: Descriptor) -> st.SearchStrategy[bytes]:
 
 
 def calls(method: MethodDescriptor) -> st.SearchStrategy[list[bytes]]:
-    """The messages of a call: one, or any number where the caller streams."""
+    """The messages of a call: one, or any number if the caller streams."""
     one = wires(method.input_type)
     return st.lists(one, max_size=5) if method.client_streaming else one.map(lambda data: [data])
 

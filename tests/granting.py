@@ -1,4 +1,4 @@
-"""Tokens for tests: files of them, and the metadata that brings one."""
+"""Tokens for tests: files of them, and the metadata of a call with one."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ def bearing(secret: str) -> tuple[tuple[str, str], ...]:
 
 
 def grant(path: Path, name: str, secret: str | None = None, **what: Any) -> str:
-    """Adds a token to a file, which then looks as if it had been left alone for a while. Returns the secret."""
+    """Adds a token to a file, and sets the file's time back. Returns the secret."""
     secret = secret or tokens.make_secret()
     with editing(path) as known:
         known[name] = Token(name, tokens.digest(secret), **what)

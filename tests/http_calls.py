@@ -72,7 +72,7 @@ def port_of(server: RunningServer) -> int:
 
 @contextlib.contextmanager
 def client_of(server: RunningServer, **settings: Any) -> Iterator[openai.OpenAI]:
-    """OpenAI's client, as it comes; it tries nothing again."""
+    """OpenAI's client, unchanged, without retries."""
     base = f"http://localhost:{port_of(server)}/v1"
     with openai.OpenAI(**{"base_url": base, "api_key": "none", "max_retries": 0, "timeout": PATIENCE, **settings}) as client:
         yield client
@@ -133,7 +133,7 @@ def head_of(body: bytes, *lines: str) -> bytes:
 
 
 def rest_of(connected: socket.socket) -> bytes:
-    """What is sent until the connection ends, by whichever side."""
+    """All data until either side closes the connection."""
     data = bytearray()
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):
         while block := connected.recv(65536):

@@ -9,7 +9,7 @@ _WHITE = (0.9642, 1.0, 0.8249)  # D50, as every profile has it
 
 
 def display_p3() -> bytes:
-    """What Apple's screens and phones have: DCI-P3's primaries, D65 adapted to D50, and sRGB's curve."""
+    """The profile of Apple's screens and phones: DCI-P3's primaries, D65 adapted to D50, and sRGB's curve."""
     curve = b"para\0\0\0\0" + struct.pack(">HH", 3, 0) + _fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
     return _rgb((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407), curve)
 
@@ -20,12 +20,12 @@ def linear_srgb() -> bytes:
 
 
 def gray(gamma: float) -> bytes:
-    """Gray whose light is its value to this power."""
+    """A gray profile with this gamma."""
     return _profile(b"mntr", b"GRAY", b"XYZ ", {b"wtpt": _xyz(*_WHITE), b"kTRC": _gamma(gamma)})
 
 
 def cmyk() -> bytes:
-    """A printer whose inks are sRGB's own complements."""
+    """A printer's profile whose inks are the complements of sRGB's primaries."""
     to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
     grid = b""
     for inks in itertools.product((0, 1), repeat=4):

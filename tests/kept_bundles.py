@@ -1,4 +1,4 @@
-"""Where tiny models and their bundles are kept from one run of the tests to the next: `.test-cache/DIGEST`.
+"""Keeps tiny models and their bundles from one run of the tests to the next: `.test-cache/DIGEST`.
 
 The digest is of everything that they are made by: versions of libraries, the exporter's and the server's sources, the models'
 builders. Only `.venv` writes there. Another environment with the same versions (`scripts/test --cuda`) reads.
@@ -18,7 +18,7 @@ from filelock import FileLock
 REPOSITORY = Path(__file__).resolve().parents[1]
 KEPT = REPOSITORY / ".test-cache"
 MOST_DIGESTS = 2
-"""Digests whose files stay: those of this run, and of one that may be running beside it."""
+"""The number of digests whose files are kept: of this run, and of another at the same time."""
 PACKAGES = [
     "torch",
     "diffusers",
@@ -44,7 +44,7 @@ SOURCES = (
 
 @functools.cache
 def digest() -> str:
-    """Of versions, without their local part (+cpu), and of sources."""
+    """The digest of versions, without their local part (+cpu), and of sources."""
     found = hashlib.sha256(repr(sys.version_info[:2]).encode())
     for package in PACKAGES:
         found.update(f"{package} {version(package).partition('+')[0]}\n".encode())
@@ -66,7 +66,8 @@ def place(session: Path) -> Path:
 
 
 def kept(session: Path, name: str, good: Callable[[Path], bool], build: Callable[[Path], object]) -> Path:
-    """The directory `name`, built unless it is there and `good`. `build` leaves it whole or absent, whenever it is killed."""
+    """The directory `name`, built unless it exists and is `good`. If it is killed, `build` leaves a complete directory
+    or none."""
     found = KEPT / digest() / name
     if found.is_dir() and good(found):
         return found

@@ -1,6 +1,7 @@
 """Opens each graph of a kept bundle once in a process of the tests: opening took a third of the time of most tests with a model.
 
-A session keeps nothing from one call to the next, and several threads may call it. Its runner, which has state, is made anew.
+A session keeps nothing from one call to the next, and several threads may call it. Its runner, which has state, is created for
+each test.
 """
 
 import functools

@@ -51,7 +51,7 @@ def serving(folder: Path, loaded: Loaded | None = None, **settings: Any) -> Iter
 
 @contextlib.contextmanager
 def client_of(server: RunningServer, **settings: Any) -> Iterator[Any]:
-    """Triton's client, as it comes."""
+    """Triton's client, unchanged."""
     client = triton.InferenceServerClient(f"localhost:{server.port}", **settings)
     try:
         yield client
@@ -60,7 +60,7 @@ def client_of(server: RunningServer, **settings: Any) -> Iterator[Any]:
 
 
 def tensor(name: str, array: Any) -> Any:
-    """An input of whatever NumPy array."""
+    """An input from any NumPy array."""
     made = triton.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
     made.set_data_from_numpy(array)
     return made
@@ -94,7 +94,7 @@ def parameters(response: Any) -> Mapping[str, Any]:
 
 
 class Calls(logging.Handler):
-    """What the server's log has of calls that ended, as they end: (method, status), the method without its service."""
+    """The ended calls in the server's log, as (method, status), the method without its service."""
 
     def __init__(self) -> None:
         super().__init__()

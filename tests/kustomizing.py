@@ -13,7 +13,7 @@ KUBERNETES = REPOSITORY / "deploy" / "kubernetes"
 
 _KNOWN = {"apiVersion", "kind", "namespace", "resources", "components", "configMapGenerator", "patches", "images"}
 _NAMES = {"containers": "name", "env": "name", "volumes": "name", "volumeMounts": "mountPath", "ports": "containerPort"}
-"""The key that tells the elements of a list apart, where a patch is merged into it. Other lists are replaced."""
+"""The key by which the elements of a list are matched when a patch is merged into it. Other lists are replaced."""
 
 Document = dict[str, Any]
 

@@ -60,8 +60,8 @@ def write_diffusers(pairs: Pairs, path: Path, config: Mapping[str, Any] | None =
 
 def write_kohya_flux(model: Path, seed: int, path: Path, rank: int, factor: float) -> Path:
     """Writes random matrices for a Flux model with the names of kohya's trainer: of Black Forest Labs' modules, in which queries,
-    keys and values are one layer. Those of single blocks are left out: diffusers reads them at Flux' own width only. So are
-    CLIP's attention layers, which diffusers ignores in such a file."""
+    keys and values are one layer. Single blocks are left out: diffusers reads them at Flux' own width only. So are CLIP's
+    attention layers, which diffusers ignores in such a file."""
     known = {
         "img_attn_proj": "attn.to_out.0",
         "img_mlp_0": "ff.net.0.proj",

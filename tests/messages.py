@@ -1,4 +1,4 @@
-"""Messages of the contract for tests, and what is in the status of a call that failed."""
+"""Messages of the contract for tests, and the details of a failed call's status."""
 
 import io
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def failure(call: Callable[[], object]) -> tuple[grpc.StatusCode, dict[str, obje
 
 
 class CallContext:
-    """What a stream of requests uses of gRPC's context."""
+    """The part of gRPC's context that a stream of requests uses."""
 
     def invocation_metadata(self) -> tuple[()]:
         return ()

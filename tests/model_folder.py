@@ -23,11 +23,11 @@ from running import manifest
 
 MB = 10**6
 BASE = 50 * MB
-"""What the process takes without models."""
+"""The memory of the process without models."""
 
 
 def make_bundle(folder: Path, weights: int = 100 * MB, repo_id: str = "") -> Path:
-    """A bundle that says it has so many bytes of weights."""
+    """A bundle whose manifest lists so many bytes of weights."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "model.onnx").write_bytes(b"graph")
@@ -98,7 +98,7 @@ class Memory:
 
     @property
     def names(self) -> list[str]:
-        """What is open, in order of loading."""
+        """The open models, in order of loading."""
         return [pipeline.name for pipeline in self.opened if not pipeline.closed]
 
     def read(self) -> MemoryReading:

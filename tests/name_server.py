@@ -10,8 +10,8 @@ A, TXT = 1, 16
 
 
 class NameServer:
-    """Answers with `addresses` to who asks for a name's, and with `text` to who asks for its service config. `asked` are the
-    types of record that were asked for."""
+    """Returns `addresses` for a query of addresses, and `text` for one of the service config. `asked` are the queried types of
+    record."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self.addresses = list(addresses)

@@ -38,7 +38,7 @@ class Secured:
 
 
 STEPS = 12
-"""Of a request that is to be given up; at the default strength the model runs nine of them."""
+"""The steps of a request that is cancelled; at the default strength the model runs nine of them."""
 
 
 class HeldPipeline(FakePipeline):
@@ -60,8 +60,8 @@ class HeldPipeline(FakePipeline):
         self.over.set()
 
     def end_of_call(self, method: str) -> str:
-        """The status of the next call of this method that ends at the server. Its request gets no step after that, but the one
-        that has begun."""
+        """The status of the next call of this method that ends at the server. After that, its request only finishes the current
+        step."""
         status = self.calls.wait(method)
         self.may_step.release(STEPS)
         assert self.over.wait(PATIENCE)
@@ -71,7 +71,7 @@ class HeldPipeline(FakePipeline):
 
 @contextlib.contextmanager
 def holding() -> Iterator[tuple[HeldPipeline, str]]:
-    """A pipeline that waits, and where it is served."""
+    """A pipeline that waits, and its server's address."""
     pipeline = HeldPipeline()
     with ending() as pipeline.calls, running(lambda: store(m=pipeline)) as server:
         yield pipeline, f"localhost:{server.port}"
@@ -97,7 +97,7 @@ def started(node: Path, program: str, *arguments: object, target: str = "") -> I
 
 
 def blocks(document: Path, language: str) -> list[str]:
-    """The blocks of a document that are in a language, in order. ValueError where it has none: then nothing would be tested."""
+    """The blocks of a document that are in a language, in order. ValueError if it has none: then nothing would be tested."""
     found = re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     if not found:
         raise ValueError(f"{document} has no block of {language}")

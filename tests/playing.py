@@ -46,13 +46,13 @@ _FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    # Every other name leads nowhere, so what is not here fails, and is seen to.
+    # No other name resolves, so requests to other hosts fail, which the test checks.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1",
 )
 
 
 class Gate:
-    """Lets a pipeline take steps as the test says. Open at first."""
+    """Lets a test control a pipeline's steps. Open at first."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -206,7 +206,7 @@ async def browsing() -> AsyncIterator[Browser]:
 
 
 class Visitor:
-    """A page of the playground in a browser of its own, with what a person does there. `open` one."""
+    """A page of the playground in its own browser, with a user's actions. Created by `open`."""
 
     def __init__(self, address: str, context: BrowserContext) -> None:
         self.address = address
@@ -284,7 +284,7 @@ class Visitor:
         await self.page.get_by_text(words).first.wait_for()
 
     async def axe_violations(self) -> list[str]:
-        """What axe-core finds on the page once its transitions have ended: rule, element, reason."""
+        """axe-core's findings on the page after its transitions: rule, element, reason."""
         ended = """() => document.getAnimations().every(
             (one) => one.playState !== "running" || one.effect.getTiming().iterations === Infinity)"""
         await self.page.wait_for_function(ended)
@@ -308,7 +308,7 @@ class Visitor:
         )
 
     async def too_wide(self) -> list[str]:
-        """What makes the page wider than the window."""
+        """The elements that make the page wider than the window."""
         return list(
             await self.page.evaluate(
                 """() => document.documentElement.scrollWidth <= innerWidth ? [] : [document.documentElement.scrollWidth + " px",
@@ -318,7 +318,7 @@ class Visitor:
         )
 
     async def leave(self) -> None:
-        """Closes everything. Nothing was asked of any other machine, and nothing went wrong in the page."""
+        """Closes everything. Checks that the page sent no request to another machine, and had no error."""
         await self.context.close()
         assert self.elsewhere == []
         assert self.complaints == []

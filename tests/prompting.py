@@ -1,5 +1,5 @@
-"""Models whose requests take image prompts, as far as a server knows them: the model and its image encoder are fakes, and the
-adapters are headers without weights."""
+"""Models that take image prompts, for tests of the server: the model and its image encoder are fakes, and the adapters are
+headers without weights."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,11 @@ SIDE = 16
 """The side of the squares that the image encoder reads."""
 
 KIND = PromptKind(WIDTHS, TEXT)
-"""What ADAPTERS fit."""
+"""The kind of models that ADAPTERS fit."""
 
 
 def model(name: str, pipeline: FakePipeline) -> Model:
-    """A model that ADAPTERS fit. Its pipeline takes image prompts from now on."""
+    """A model that ADAPTERS fit; sets its pipeline to take image prompts."""
     pipeline.fields = {**pipeline.fields, **IMAGE_PROMPTS}
     return Model(name, manifest(f"acme/{name}"), pipeline, prompt_kind=KIND)
 

@@ -95,7 +95,7 @@ class WebCall:
             self._connection = http.client.HTTPConnection("localhost", port, timeout=PATIENCE)
         else:
             self._connection = http.client.HTTPSConnection("localhost", port, timeout=PATIENCE, context=tls)
-        # The answer to a request that is refused before all of it was sent is read in spite of the reset, as browsers do.
+        # The response to a request that is refused while it is being sent is read despite the reset, as browsers do.
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             self._connection.request("POST", method, base64.b64encode(body) if text else body, sent)
         self._response = self._connection.getresponse()

@@ -1,4 +1,4 @@
-"""Fronts on a Ray cluster, which one of them starts, each in a process of its own: what is left behind ends with those."""
+"""Fronts on a Ray cluster, which one of them starts, each in its own process. All their processes end with them."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ _STARTING = 800.0
 
 
 def environment() -> dict[str, str]:
-    """Of processes that find the tests' modules, and of all that they start."""
+    """The environment of processes that import the tests' modules, and of their children."""
     paths = os.pathsep.join([str(_HERE), str(_HERE.parent / "benchmarks")])
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}  # else Ray writes one into the home directory
     return {**os.environ, **access, "PYTHONPATH": paths, "RAY_USAGE_STATS_ENABLED": "0"}

@@ -111,7 +111,7 @@ def make_service(models: ModelRegistry, engine: Engine, codecs: Codecs) -> Image
 
 
 def _no_health(name: str, serving: bool) -> None:
-    """Tells nobody."""
+    """Ignores all events."""
 
 
 def store(**pipelines: Pipeline) -> ModelRegistry:

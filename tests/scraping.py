@@ -34,5 +34,5 @@ def settled(port: int) -> Samples:
 
 
 def value(samples: Samples, name: str, **labels: str) -> float:
-    """The sum of the samples of `name` that have these labels, 0 where there is none."""
+    """The sum of the samples of `name` that have these labels, 0 if there are none."""
     return sum(value for has, value in samples.get(name, ()) if labels.items() <= has.items())

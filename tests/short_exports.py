@@ -33,8 +33,8 @@ def cut_short(
 
 @contextmanager
 def without_further_graphs(loras: bool = False, controls: bool = False) -> Iterator[None]:
-    """Within it, an export makes no graphs for LoRAs and ControlNets, which are three of a UNet's four, except those that are
-    asked for."""
+    """Within the block, an export makes no graphs for LoRAs and ControlNets, three of a UNet's four, except the requested
+    ones."""
     with (
         nullcontext() if loras else patch.object(attempts, "DENOISERS", ()),
         nullcontext() if controls else patch.object(attempts, "CONTROL_GRAPHS", ()),
@@ -58,8 +58,8 @@ def brief(preview: bool = False) -> Iterator[None]:
 
 @contextmanager
 def short_speedups() -> Iterator[None]:
-    """Within it, an export measures one or two speedups of each kind on three images of few steps, and keeps those that random
-    weights give."""
+    """Within the block, an export measures one or two speedups of each kind on three images of few steps, and keeps all, since
+    the weights are random."""
     with (
         patch.object(speedups, "_PROMPTS", speedups._PROMPTS[:1]),
         patch.object(speedups, "_FULL_SHARES", (0.4,)),
@@ -75,7 +75,8 @@ def short_speedups() -> Iterator[None]:
 def traced_once(kept: Path) -> Iterator[None]:
     """Within it, torch traces each module once, and the graph is kept in `kept`: almost half of the export of a tiny model.
 
-    A graph has no weights, so it depends on what `_trace_key` says: the module's layers, its call, and the inputs to trace with.
+    A graph has no weights, so it depends on the parts of `_trace_key` only: the module's layers, its call, and the inputs to
+    trace with.
     """
     export: Callable[..., object] = torch.onnx.export
 
@@ -132,7 +133,7 @@ def _update(update: Callable[[bytes], None], value: Any) -> None:
 
 
 def _parts(value: Any) -> Mapping[Any, Any] | None:
-    """What a value consists of, None if its text says it all."""
+    """The parts of a value, None if its text describes it completely."""
     if isinstance(value, Mapping):
         return value
     if isinstance(value, FunctionType):

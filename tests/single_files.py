@@ -1,4 +1,4 @@
-"""Tiny models as single files, with the key names of the original trainers, and what becomes of them."""
+"""Tiny models as single files, with the key names of the original trainers, and their export."""
 
 import json
 import re

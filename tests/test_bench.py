@@ -1,4 +1,5 @@
-"""scripts/bench load: its peers really answer, its lists are what they claim, its figures are right on numbers made up here."""
+"""scripts/bench load: its peers answer real requests, its workloads match their descriptions, and its figures are right for given
+numbers."""
 
 import argparse
 import asyncio

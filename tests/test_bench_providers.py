@@ -1,4 +1,4 @@
-"""`scripts/bench providers`: what is compared computes the same, so that only the time differs."""
+"""`scripts/bench providers`: the compared variants compute the same, so that only their times differ."""
 
 import argparse
 import json

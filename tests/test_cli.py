@@ -1,4 +1,4 @@
-"""The command line: it teaches, it is quick to answer, and what it does not know is an error."""
+"""The command line: helpful, fast, and with an error for unknown arguments."""
 
 import os
 import subprocess

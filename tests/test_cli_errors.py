@@ -27,7 +27,7 @@ SERVER_ONLY = (
     ),
     *("aiohttp", "fsspec", "grpc_health", "grpc_reflection", "safetensors", "sentencepiece", "nicegui", "ray", "tritonclient"),
 )
-"""What the extras install and the base does not."""
+"""The packages that only the extras install."""
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:

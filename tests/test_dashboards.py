@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask for what there is: every metric, every label and every value of one is a real server's."""
+"""Every metric, label and label value in the dashboard and the alerts is served by a real server."""
 
 import json
 import re
@@ -43,7 +43,7 @@ WORDS = {"sum", "max", "rate", "increase", "histogram_quantile", "absent", "by",
 
 @pytest.fixture(scope="module")
 def samples() -> Samples:
-    """What a server says that has had something to do, beside a GPU."""
+    """The metrics of a server after some work, and those of a GPU."""
     cuda = types.SimpleNamespace(is_initialized=lambda: True, device_count=lambda: 1, mem_get_info=lambda device: (1, 2))
     telemetry = TelemetrySettings(metrics_port=0)
     with running(lambda: store(m=FakePipeline()), telemetry=telemetry, cache=Cache(1000)) as server:
@@ -60,7 +60,7 @@ def samples() -> Samples:
 
 
 def asked(query: str) -> Iterator[tuple[str, set[str], dict[str, tuple[str, str]]]]:
-    """Of each metric in a query: its name, the labels that are asked for, and those that are compared, with how and what."""
+    """For each metric in a query: its name, its labels, and its matchers (label, operator, value)."""
     plain = re.sub(r"\{[^}]*\}|\[[^]]*\]", "", query)
     grouped = {label.strip() for labels in re.findall(r"\b(?:by|on) \(([^)]*)\)", query) for label in labels.split(",")}
     names = set(re.findall(r"[a-z_][a-z0-9_]*", re.sub(r"\b(?:by|on) \([^)]*\)", "", plain))) - WORDS
@@ -107,7 +107,7 @@ def test_every_query_compares_labels_with_possible_values(where: str, query: str
 
 
 def test_query_parser_finds_metrics_labels_and_matchers() -> None:
-    """The reader above sees every part of a query: what it does not see, it could not hold against the server."""
+    """The reader above finds every part of a query, so that no part remains unchecked."""
     query = 'sum by (le, model) (rate(a_bucket{x=~"b|c", y!=""}[5m])) / max(b_total) > 0.5 and on (instance) c_info'
     compared = {"x": ("=~", "b|c"), "y": ("!=", "")}
     grouped = {"le", "model", "instance"}

@@ -45,7 +45,7 @@ _FLAGS_OF = {
     "dashboards/alerts.yaml": ("serve",),
     "dashboards/img2img.json": ("serve",),
 }
-"""What is read by people, and the commands whose flags it names, in commands and beside them."""
+"""The pages for people, and the commands whose flags each page names, in commands and in its text."""
 
 DOCUMENTS = sorted(
     path.relative_to(REPOSITORY).as_posix()
@@ -96,7 +96,7 @@ def row(name: str, models: Sequence[str], bundle: Callable[[str], Path]) -> str:
 
 
 def test_tables_of_architectures_and_keys_are_complete() -> None:
-    """Each architecture is there once, in order; so is each tiny model, each class that something is known of, and each key."""
+    """Each architecture occurs once, in order; so do each tiny model, each known class, and each key."""
     page = architectures.on_page()
     named = re.findall(r"^\| ([^|`]+) \| `(\w+)` \| (\w+) \| \w", page, re.MULTILINE)
     assert [name for name, *_ in named] == list(architectures.MODELS)
@@ -158,7 +158,7 @@ def test_every_documented_flag_and_variable_exists(document: str) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", ours))
     assert named <= known, f"{document} names {sorted(named - known)}"
     variables = {VARIABLES + one.name.upper() for one in settings_of(ServerConfig)}
-    variables |= {CONFIG_VARIABLE, *CLIENT_VARIABLES, "IMG2IMG_MAX_WAITNG"}  # the last is what a typing error is shown by
+    variables |= {CONFIG_VARIABLE, *CLIENT_VARIABLES, "IMG2IMG_MAX_WAITNG"}  # the last is an example of a typing error
     assert set(re.findall(r"\bIMG2IMG_[A-Z_]*[A-Z]", text)) <= variables
 
 
@@ -229,7 +229,7 @@ def test_every_alert_has_a_runbook_section() -> None:
 
 
 def test_every_setting_is_explained() -> None:
-    """Beside the reference, which says what `--help` does."""
+    """Besides the reference, which has the same text as `--help`."""
     pages = (document for document in DOCUMENTS if document.startswith("docs/") and document != "docs/settings.md")
     text = "".join((REPOSITORY / page).read_text(encoding="utf-8") for page in pages)
     for one in settings_of(ServerConfig):

@@ -1,4 +1,4 @@
-"""The code blocks of docs/extending.md work as the page says."""
+"""The code blocks of docs/extending.md work as described there."""
 
 import argparse
 import re
@@ -23,7 +23,7 @@ PAGE = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
 
 
 def defined(heading: str) -> dict[str, Any]:
-    """What the Python block below a heading defines."""
+    """The definitions of the Python block below a heading."""
     (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0], re.M | re.S)
     names: dict[str, Any] = {"__name__": "extending"}
     exec(compile(block, f"docs/extending.md, {heading}", "exec", dont_inherit=True), names)

@@ -337,7 +337,7 @@ def test_a_folder_without_a_piece_is_an_error(tmp_path: Path, capsys: pytest.Cap
 
 
 def _fat_binary(*entries: tuple[int, int, bytes]) -> bytes:
-    """As nvcc makes them: entries of a kind, an architecture and a payload."""
+    """In nvcc's format: entries of a kind, an architecture and a payload."""
     body = b""
     for kind, architecture, payload in entries:
         header = kind.to_bytes(2, "little") + bytes(2) + (64).to_bytes(4, "little") + len(payload).to_bytes(8, "little")

@@ -28,7 +28,7 @@ SCRIPTS = ("./scripts/demo", "./scripts/test")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Looks like the checkout after setup, but what is written stays in it."""
+    """A copy of the checkout after setup, which contains all written files."""
     for name in ("demo", ".venv"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
@@ -69,7 +69,7 @@ def _free_port() -> int:
 
 
 def _certify(folder: Path) -> None:
-    """Puts there what a person brings: a certificate and its key."""
+    """Adds the user's own files: a certificate and its key."""
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost")
     (folder / "server.pem").write_bytes(certificate.cert_chain_pems[0].bytes())

@@ -39,7 +39,7 @@ PATIENCE = 120.0
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the recipes run and write."""
+    """The folder in which the recipes run and write."""
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "demo").symlink_to(REPOSITORY / "demo")
     return folder

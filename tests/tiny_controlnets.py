@@ -27,7 +27,7 @@ def build(model: Path, directory: Path, letter: str) -> Path:
         for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
             torch.nn.init.normal_(layer.weight, std=0.1)
             torch.nn.init.normal_(layer.bias, std=0.05)
-        # What the image says comes through.
+        # The image has a visible effect.
         net.controlnet_cond_embedding.conv_out.weight.mul_(20)
         net.register_to_config(global_pool_conditions=letter == POOLING)
         net.eval().save_pretrained(directory, safe_serialization=True)

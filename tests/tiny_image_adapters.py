@@ -18,7 +18,7 @@ KINDS = ("plain", "plus", "full")
 ENCODER = "h"
 """The id of the image encoder that image prompts name."""
 TOKENS = 5
-"""Of a "plus" adapter."""
+"""The tokens of a "plus" adapter."""
 _WIDTH, _DEPTH = 32, 4
 """Of its resampler."""
 
@@ -54,8 +54,8 @@ def prompt(adapters: ImageAdapterFiles, name: str, letters: str, scale: float) -
 def write(
     file: Path, unet: Any, kind: str, encoder: Any, seed: int = 1, strength: float = 3.0, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """Writes an adapter for a diffusers UNet and a transformers image encoder, and returns the file. What it adds to an attention
-    is about `strength` times what weights like the UNet's would add."""
+    """Writes an adapter for a diffusers UNet and a transformers image encoder, and returns the file. Its addition to an attention
+    is about `strength` times that of weights like the UNet's."""
     save_file({name: tensor.to(dtype) for name, tensor in weights(unet, kind, encoder, seed, strength).items()}, file)
     return file
 

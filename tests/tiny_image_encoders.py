@@ -26,7 +26,7 @@ def build(directory: Path, letter: str) -> Path:
         )
         model = CLIPVisionModelWithProjection(config).eval()
         with torch.no_grad():
-            # What the image says comes through: the pooled token's own embedding is as large as those of patches.
+            # The image has a visible effect: the pooled token's own embedding is as large as those of patches.
             model.vision_model.embeddings.patch_embedding.weight.mul_(5)
         model.save_pretrained(directory, safe_serialization=True)
     return directory

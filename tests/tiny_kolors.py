@@ -62,7 +62,7 @@ def kolors(directory: Path) -> None:
 
 
 def _save_letters(directory: Path) -> int:
-    """Saves a sentencepiece model that knows ASCII letters into `directory`, and says how many pieces it has."""
+    """Saves a sentencepiece model of ASCII letters into `directory`, and returns its number of pieces."""
     directory.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     size = len(string.printable.split()[0]) + 4

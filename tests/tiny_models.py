@@ -79,7 +79,7 @@ def _latent_consistency(directory: Path) -> None:
     tokenizer = save_tokenizer(directory / "tokenizer")
     text_encoder = CLIPTextModel(text_config(tokenizer))
     predictor = unet(time_cond_proj_dim=TEXT_WIDTH)
-    # Random weights pass on little of it.
+    # With random weights it has little effect.
     predictor.time_embedding.cond_proj.weight.mul_(8)
     scheduler = LCMScheduler(**BETAS)
     _save_stable_diffusion(directory, tokenizer, text_encoder, predictor, scheduler, LatentConsistencyModelPipeline)

@@ -23,7 +23,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 """The noise schedule of the Stable Diffusion and Kandinsky families."""
 
 _TEMPLATE = "Describe the image by detailing color shape size texture quantity text spatial relationships of objects background"
-"""The words that Qwen-Image puts about a prompt. It drops as many tokens of them as there are in its own vocabulary."""
+"""The template that Qwen-Image puts around a prompt. It drops as many of its tokens as its own vocabulary needs."""
 _WORDS = ("lake", "mountain", "sunset", "winter", "forest", "the", "a", "with", "and", "at")
 
 
@@ -117,8 +117,8 @@ def t5_encoder(tokenizer: T5TokenizerFast, width: int) -> T5EncoderModel:
 
 
 def unet(**changes: Any) -> UNet2DConditionModel:
-    """A UNet like that of Stable Diffusion 1, but for `changes` of its configuration. It has every kind of block, each of them
-    once: half of an export is what torch traces of it."""
+    """A UNet like that of Stable Diffusion 1, but for `changes` of its configuration. It has every kind of block once, since
+    tracing takes half of an export."""
     settings: dict[str, Any] = {
         "sample_size": SAMPLE_SIZE,
         "in_channels": 4,
@@ -183,7 +183,7 @@ def vae(scaling_factor: float, force_upcast: bool = False, channels: int = 4, sh
 def make_vae_overflow(vae: AutoencoderKL) -> AutoencoderKL:
     """Lets activations of the decoder exceed what fp16 can hold, 65504, as those of the original SDXL's do.
 
-    In fp32 it decodes as before: what is scaled up is normalized right after. All weights still fit into fp16.
+    In fp32 it decodes as before: the scaled values are normalized right after. All weights still fit into fp16.
     """
     inner = vae.decoder.mid_block.resnets[0].conv1
     factor = 6e4 / max(inner.weight.abs().max(), inner.bias.abs().max())

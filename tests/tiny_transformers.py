@@ -38,7 +38,7 @@ from transformers import (
 )
 
 CHANNELS = 16
-"""Of the latents."""
+"""The channels of the latents."""
 
 
 def stable_diffusion_3(directory: Path) -> None:
@@ -360,7 +360,7 @@ def _qwen_vae() -> AutoencoderKLQwenImage:
 
 
 def strengthen(transformer: torch.nn.Module, factor: float, *endings: str) -> None:
-    """Lets the parts whose names end so weigh more than random weights let them."""
+    """Scales up the parts whose names end so, which random weights make too small."""
     for name, module in transformer.named_modules():
         if name.endswith(endings) and isinstance(module, torch.nn.Linear):
             module.weight.mul_(factor)

@@ -1,4 +1,4 @@
-"""A fake server for each test, and a client of it that tries once: what is tried again is tested in test_retry.py."""
+"""A fake server for each test, and a client without retries, which test_retry.py tests."""
 
 from collections.abc import Iterator
 from typing import Any

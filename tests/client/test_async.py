@@ -92,7 +92,7 @@ async def test_cancelling_ends_the_wait_between_attempts(
 
 
 async def test_closing_the_client_cancels_calls_but_not_tasks(server: FakeServer) -> None:
-    """The task gets the call's error. It is not cancelled itself, and may clean up."""
+    """The task gets the call's error. The task itself is not cancelled, and may clean up."""
     server.service.hold = True
     client = AsyncClient(server.target)
     tasks = [asyncio.ensure_future(work(client)) for work in (unary, stream)]
@@ -145,7 +145,7 @@ async def test_dropping_a_stream_cancels_the_call(own: AsyncClient, service: Fak
 
 
 async def test_interrupted_upload_is_retried(server: FakeServer) -> None:
-    """grpc.aio calls it INTERNAL where the server ends the call while a message is on its way; ours gives a reason."""
+    """grpc.aio reports INTERNAL if the server ends the call during a transfer; our server's status has the reason."""
     server.assets.failures = [rich_status(code_pb2.INTERNAL, "cut off")]
     async with AsyncClient(server.target, timeout=120, retries=RetryPolicy(first_backoff=0.001)) as client:
         assert await client.download(await client.upload(b"file")) == b"file"

@@ -81,7 +81,7 @@ def test_unreachable_server_causes_no_errors_and_is_used_again_after_recovery(ki
 
 
 def until_unavailable(client: Client) -> None:
-    """Calls until there is nobody to call."""
+    """Calls until no server can be reached."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:

@@ -1,4 +1,4 @@
-"""`img2img transform`, and what all commands share: what they ask for, print, write and return."""
+"""`img2img transform`, and the common behaviour of all commands: their requests, output, files and exit status."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""scripts/demo, as a person runs it: it makes its images and leaves no process.
+"""scripts/demo makes its images and leaves no process.
 
 Its bundle is the one that the session's tests share, so that it is not exported once more: that the command exports the demo's
 model is what the nightly part of tests/test_readme.py shows.
@@ -34,7 +34,7 @@ def redness(path: Path) -> float:
 
 
 def server_process(line: str) -> int:
-    """The server's process, from the line in which the demo tells it."""
+    """The server's process id, from the demo's output."""
     found = re.search(r"serving on port \d+, process (\d+)", line)
     assert found, line
     return int(found[1])

@@ -76,9 +76,8 @@ class Process:
 
 
 class Ledger:
-    """What came of each call, and who waits for something to have come.
-
-    `made` counts results by the phase in which they were asked for, which are numbered, and by server.
+    """The outcomes of all calls, with waits for them. `made` counts results by the number of the phase of their request, and by
+    server.
     """
 
     def __init__(self) -> None:
@@ -99,7 +98,7 @@ class Ledger:
             assert self._changed.wait_for(reached, PATIENCE), f"{what}: {self.made}"
 
     def made_by(self) -> set[str]:
-        """Who made what was asked for in this phase."""
+        """The servers that made the results of requests of this phase."""
         return {name for phase, name in self.made if phase == self.phase}
 
     def follow(self, caller: int, event: TransformEvent) -> None:
@@ -121,7 +120,7 @@ class Ledger:
         self.note(lambda: self.made.update([(phase, result.model_revision)]))
 
     def check_life(self, phase: int, events: Sequence[TransformEvent], prompt: str) -> None:
-        """A life as if nothing had happened: each step once and in order, and the images of the seeds that were told."""
+        """The events of an undisturbed stream: each step once and in order, and the images of the reported seeds."""
         kinds = [type(event) for event in events if not isinstance(event, Queued)]
         assert kinds == [Started, *[Progress] * STREAM_STEPS, Completed]
         assert isinstance(events[0], Queued)
@@ -189,7 +188,7 @@ def callers(targets: Sequence[str], ledger: Ledger) -> Iterator[list["Future[Non
         work = [pool.submit(call, targets, ledger)]
         work += [pool.submit(stream, client, caller, ledger) for caller in range(STREAMS)]
         work += [pool.submit(asyncio.run, asynchronous(targets, ledger, policy))]
-        for each in work:  # What goes wrong with one of them is not waited for.
+        for each in work:  # A failure of one of them ends the wait.
             each.add_done_callback(lambda done: ledger.note(lambda: None))
         try:
             yield work

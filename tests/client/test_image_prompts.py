@@ -1,4 +1,4 @@
-"""Image prompts of the Python client and of the commands, over a server whose model is a fake."""
+"""Image prompts of the Python client and of the commands, with a server of a fake model."""
 
 import asyncio
 import json

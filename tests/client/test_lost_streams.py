@@ -13,7 +13,7 @@ from img2img_client import Client, Completed, Img2ImgError, Progress, Queued, St
 
 
 def test_retried_stream_resumes_without_repeating_events(patient: Client, service: FakeService) -> None:
-    """Each attempt is lost a step further on, and one before it comes as far as the last."""
+    """Attempts are lost before different events, some of them earlier than the attempt before."""
     service.script = events(3, 4, steps=6)
     life = service.script
     lost_before = iter([4, 3, 1, len(life) - 1])

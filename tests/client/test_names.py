@@ -21,7 +21,7 @@ from several import counts, forget, started, use
 
 @contextmanager
 def headless() -> Iterator[tuple[list[FakeServer], NameServer, str]]:
-    """Three servers of one port, a name that stands for two of them, and the target that says so."""
+    """Three servers on one port, a name that resolves to two of them, and its target."""
     first = FakeServer(host="127.0.0.1")
     more = [FakeServer(first.port, host=host) for host in ("127.0.0.2", "127.0.0.3")]
     with started(first, *more) as servers, name_server("127.0.0.1", "127.0.0.2") as names:

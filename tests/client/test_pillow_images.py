@@ -1,4 +1,5 @@
-"""A Pillow image is to the server what the file is that it came from: upright, in the same colors, or refused by its mode."""
+"""The server gets the same image from a Pillow image as from its file: upright, in the same colors; unsupported modes are
+refused."""
 
 import io
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Whether and when a call is tried again, in simulated time: within the time-out, in bounds, and only what is safe."""
+"""Retries in simulated time: within the timeout, within bounds, and only for safe calls."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""`img2img models` and `img2img assets`: what they ask for, print, write and return."""
+"""`img2img models` and `img2img assets`: their requests, output, files and exit status."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The targets that a caller may pass, and the gRPC target made of them."""
+"""Valid targets, and the gRPC targets made of them."""
 
 import pytest
 from img2img_client.targets import parse_target

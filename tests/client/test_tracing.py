@@ -27,7 +27,7 @@ def client(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Any]:
 
 @pytest.fixture
 def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
-    """What a program that has set OpenTelemetry up gets; not for the whole process, as only one may ever be set up there."""
+    """The spans of a program with OpenTelemetry. Its provider is not the process's, which can be set only once."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))

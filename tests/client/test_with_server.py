@@ -1,4 +1,4 @@
-"""The client and a real server: what one of them promises is what the other one does. Only the model is a fake."""
+"""The client with a real server, whose model is a fake."""
 
 import io
 import threading

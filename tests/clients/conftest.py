@@ -52,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 @pytest.fixture
 def fake() -> Iterator[FakeServer]:
-    """A server that answers what the test tells it to."""
+    """A server with scripted responses."""
     server = FakeServer()
     server.start()
     yield server

@@ -124,7 +124,7 @@ def test_empty_request_gets_the_documented_defaults(
 
 
 def bounds(comments: dict[str, str]) -> dict[str, tuple[Any, Any, Any, Any]]:
-    """By field: what a comment says is the least and the most, and what comes before and after them."""
+    """By field: the bounds in its comment, and the nearest values outside of them."""
     found: dict[str, tuple[Any, Any, Any, Any]] = {}
     for name in ("num_inference_steps", "guidance_scale", "image_count", "preview_interval"):
         low, high = map(int, re.findall(r"(\d+) to (\d+)", comments[f"TransformRequest.{name}"])[0])

@@ -55,7 +55,7 @@ def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def import_map() -> str:
-    """Where a browser finds the packages, as a bundler reads it from their package.json."""
+    """The import map of the packages, from their package.json, as a bundler reads it."""
     places: dict[str, str] = {}
     for name in PACKAGES:
         exports = json.loads((CLIENTS / "node" / "node_modules" / name / "package.json").read_text())["exports"]
@@ -76,7 +76,7 @@ def put_page(folder: Path, proxy: str) -> None:
 
 
 async def shown(page: Page, count: int) -> list[str]:
-    """What the page has shown, once that is so many lines."""
+    """The page's output, once it has so many lines."""
     await page.wait_for_function(f"window.shown.length >= {count}")
     lines: list[str] = await page.evaluate("window.shown")
     return lines
@@ -130,7 +130,7 @@ async def test_the_page_shows_steps_results_and_errors(node: Path, site: tuple[P
 
 
 async def test_oversized_message_gets_a_status_over_http2(node: Path, site: tuple[Path, str], tmp_path: Path) -> None:
-    """By HTTP/2, which browsers use with TLS."""
+    """Over HTTP/2, which browsers use with TLS."""
     folder, origin = site
     certify(tmp_path)
     tls = TlsSettings(tmp_path / "server.pem", tmp_path / "server.key")

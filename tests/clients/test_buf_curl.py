@@ -37,7 +37,7 @@ def test_commands_of_the_buf_readme_work(server: RunningServer, secured: Secured
     assert '"status": "SERVING"' in listed
     assert transformed == ""
     with Image.open(tmp_path / "winter.png") as made, Image.open(IMAGE) as source:
-        # The fake model gives back what it was given.
+        # The fake model returns the source.
         assert ImageChops.difference(made, source.convert("RGB")).getbbox() is None
     assert streamed.count('"step"') == int(4 * 0.8)
     assert "totalMs" in streamed

@@ -49,7 +49,7 @@ BREAKS = {
         "double strength",
     ),
 }
-"""What scripts/breaking has to say, by what is replaced by what."""
+"""The expected messages of scripts/breaking, by the replaced text and its replacement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def released() -> FileDescriptorSet:
 
 @pytest.fixture(scope="module")
 def newer() -> Contract:
-    """Today's contract with what nobody knows yet: a field in every message, an event, a value of every enum, methods."""
+    """The contract with unknown additions: a field in every message, an event, a value of every enum, methods."""
     image = api_docs.build()
     for file in image.file:
         if file.package == "img2img.v1":

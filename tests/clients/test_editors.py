@@ -1,4 +1,5 @@
-"""The nodes for ComfyUI and NodeTool, against a server. Neither program is needed: the test has the few names they use."""
+"""The nodes for ComfyUI and NodeTool, against a server. Neither program is needed: the test defines the few names that the nodes
+import."""
 
 import asyncio
 import importlib.util
@@ -152,7 +153,7 @@ def test_comfyui_runs_seed_minus_one_again(comfy: Any) -> None:
 
 
 class Context:
-    """What the node uses of NodeTool's ProcessingContext."""
+    """The part of NodeTool's ProcessingContext that the node uses."""
 
     def __init__(self) -> None:
         self.messages: list[Any] = []

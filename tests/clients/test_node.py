@@ -29,7 +29,7 @@ def test_models_are_listed(run: Run, server: RunningServer) -> None:
 def test_a_file_is_transformed(run: Run, server: RunningServer, tmp_path: Path) -> None:
     target = f"localhost:{server.port}"
     lines = succeeded(run("transform.js", IMAGE, "out.png", "--seed", 2**63 - 1, "--steps", 4, target=target))
-    # A seed of 63 bits, which no JavaScript number holds, goes there and comes back.
+    # A seed of 63 bits, too large for a JavaScript number, is sent and received exactly.
     assert lines[0] == f"out.png: 256 x 256, seed {2**63 - 1}, m on fake:cpu"
     assert re.fullmatch(r"\d+ ms on the server, request [0-9a-f]{32}", lines[1])
     assert same(tmp_path / "out.png", IMAGE)
@@ -206,7 +206,7 @@ def test_tls_and_a_token(run: Run, secured: Secured, tmp_path: Path) -> None:
     target = f"https://localhost:{secured.port}"
     assert succeeded(run("models.js", "--target", target, "--ca", secured.ca, "--token-file", secured.token)) != []
     assert failed(run("models.js", "--target", target, "--ca", secured.ca))[0].startswith("UNAUTHENTICATED (UNAUTHENTICATED)")
-    # The system does not know who signed it.
+    # The system does not know its certificate authority.
     told = failed(run("models.js", "--target", target, "--token-file", secured.token, "--timeout", 30))
     assert told[0].startswith("UNAVAILABLE")
     assert "unable to verify the first certificate" in told[0]
@@ -237,7 +237,7 @@ def test_calls_alternate_between_servers_and_survive_a_stop(node: Path) -> None:
                 process.stdin.flush()
                 assert process.stdout.readline() == "8\n"
 
-            # The first calls go to whoever is connected first; from then on it is one here, one there.
+            # The first calls go to the first connected server; from then on the servers take turns.
             for _ in range(500):
                 draw_eight()
                 if all(len(pipeline.prepared) >= 8 for pipeline in pipelines):

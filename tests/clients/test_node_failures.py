@@ -1,4 +1,4 @@
-"""Errors of the Node client: their fields, which of them are retried, and options refused before sending."""
+"""Errors of the Node client: their fields, retries, and options refused before sending."""
 
 import re
 
@@ -31,7 +31,7 @@ def test_a_wrong_field_is_named(run: Run, server: RunningServer) -> None:
 
 @pytest.mark.parametrize("program", ["transform.js", "stream.js"])
 def test_queue_full_error_has_the_retry_delay(program: str, run: Run, fake: FakeServer) -> None:
-    # Longer than is waited: the caller is told.
+    # Longer than the maximum wait: the caller gets the error.
     fake.service.failure, fake.service.fail_before = queue_full(90.25), 0
     lines = failed(run(program, IMAGE, "out.png", target=fake.target))
     assert lines == ["RESOURCE_EXHAUSTED (QUEUE_FULL): the queue is full", "  retry in 90.25 s"]

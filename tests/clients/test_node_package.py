@@ -1,4 +1,4 @@
-"""The Node client as a package: its page, what is packed, what is pinned, and its types."""
+"""The Node client as a package: its page, its files, its pinned dependencies and its types."""
 
 import json
 import re
@@ -103,7 +103,7 @@ def test_lock_pins_every_package_and_has_no_install_scripts() -> None:
 @pytest.mark.parametrize(("name", "properties"), _TYPES, ids=[name for name, _ in _TYPES])
 def test_the_types_have_the_fields_of_the_contract(name: str, properties: str) -> None:
     message: Descriptor = _MESSAGES[name]
-    # Of a oneof in an answer, proto-loader says which of its fields is set.
+    # proto-loader adds to a oneof of a response the name of the field that is set.
     oneofs = {one.name for one in message.oneofs if len(one.fields) > 1}
     named = re.findall(r"@property \{[^\n]*?\} \[?(\w+)", properties)
     assert len(named) == len(set(named))

@@ -108,7 +108,7 @@ def fail(pipeline: Pipeline, times: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def launches(waiting: Waiting, model: str, gpu: FakeGpu) -> Counter[str]:
-    """What a request of two steps at the model's own size asks for."""
+    """The device calls of a request of two steps at the model's own size."""
     with gpu.counting() as counts:
         (ending,) = waiting.run(request(model))
     assert isinstance(ending, Completed)
@@ -283,7 +283,7 @@ async def test_memory_budget_is_the_gpus_memory(folder: Path, gpu: FakeGpu, capl
 async def test_load_that_runs_out_of_memory_evicts_other_models(
     folder: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though the estimate said that there was room. It does not run on the CPU for that."""
+    """Although the estimate fitted. The CPU is no fallback."""
     monkeypatch.setattr("img2img_server.models.memory._FACTOR", 0.0)
     monkeypatch.setattr("img2img_server.models.memory._FIXED", 1)
     async with rig(folder) as it:

@@ -1,4 +1,4 @@
-"""The fake CUDA libraries themselves: memory, failures on demand, captures, and what they call a violation."""
+"""The fake CUDA libraries themselves: memory, failures on demand, captures, violations."""
 
 import ctypes
 
@@ -37,7 +37,7 @@ def cuda() -> Runtime:
 
 @pytest.fixture
 def fake() -> FakeGpu:
-    """Without the check of `gpu`: violations are what is tested here."""
+    """Without the check of `gpu`, since violations are tested here."""
     return FakeGpu()
 
 

@@ -49,7 +49,7 @@ def test_a_transformer_opens_and_runs(
 
 
 def test_a_text_encoder_that_sees_images_runs(bundle: Callable[[str], Path]) -> None:
-    """Not its pipeline, which reads numbers back that no kernel has computed."""
+    """Without its pipeline, which reads numbers back that no kernel has computed."""
     folder = bundle("qwenimage-edit")
     pipeline: Any = load_pipeline(folder, read_manifest(folder), Execution("cuda", 1), Cache(0))
     encoder = pipeline._pipe.text_encoder
@@ -78,7 +78,7 @@ def test_attention_of_transformer_graphs_is_fused(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In every precision, with a bias and without: ONNX Runtime says which kernel it takes. In fp32 it keeps the scores of less
+    """In every precision, with a bias and without: ONNX Runtime logs the selected kernel. In fp32 it keeps the scores of less
     than 256 tokens."""
     folder = bundle(name)
     monkeypatch.setenv("ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO", "1")

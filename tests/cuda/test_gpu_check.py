@@ -32,7 +32,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture
 def settings(filled: Settings, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """As `scripts/gpu_check --tiny --no-values` has them in a section's process."""
+    """The settings of `scripts/gpu_check --tiny --no-values` in a section's process."""
     monkeypatch.setattr(torch, "isfinite", lambda tensor: torch.ones(tensor.shape, dtype=torch.bool))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / name) for name in ("benchmarks", "scripts")))
     return filled
@@ -86,7 +86,7 @@ def test_requests_after_an_out_of_memory_succeed(settings: Settings) -> None:
 
 
 def test_preflight_names_a_missing_library_in_one_line(filled: Settings, tmp_path: Path) -> None:
-    """As where cuDNN was not installed; the sections that follow are not tried."""
+    """As without cuDNN; the later sections are not tried."""
     libraries = tmp_path / "lib"
     libraries.mkdir()
     for folder in os.environ["LD_LIBRARY_PATH"].split(os.pathsep):

@@ -74,7 +74,7 @@ def test_larger_lora_rank_gets_its_own_recording(pipeline: SteppedPipeline, gpu:
 
 
 def test_lora_call_copies_only_step_numbers_and_slots(pipeline: SteppedPipeline, gpu: FakeGpu, tmp_path: Path) -> None:
-    """But the numbers of a step and the rows' slots."""
+    """All but the numbers of a step and the rows' slots."""
     (graph,) = pipeline._denoiser.graphs
     assert graph.row_buckets
     with recording_at_once():

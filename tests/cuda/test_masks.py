@@ -22,7 +22,7 @@ def test_masked_step_replays_the_same_recording_without_waiting(bundle: Callable
     mask = Mask(Image.new("L", (64, 64), 255))
 
     def step(masks: list[Mask | None]) -> Counter[str]:
-        """What the device is asked in the last of five steps of requests with these masks."""
+        """The device calls in the last of five steps of requests with these masks."""
         settings: dict[str, Any] = {"num_inference_steps": 5, "strength": 1.0, "image": Image.new("RGB", (64, 64)), "prompt": "a"}
         states = pipeline.prepare([make_request(seeds=(number,), mask=each, **settings) for number, each in enumerate(masks)])
         with recording_at_once():

@@ -1,4 +1,4 @@
-"""Offloaded text encoders on fake CUDA libraries: what is on the device, and when."""
+"""Offloaded text encoders on fake CUDA libraries: which weights are on the device, and when."""
 
 import gc
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from PIL import Image
 Get = Callable[[str], Path]
 MB = 2**20
 LAYERS, WIDTH = 12, 1024
-"""Of a stack of layers, each of which takes 4 MB."""
+"""A stack of layers of 4 MB each."""
 
 
 def load(path: Path, provider: str = "cuda", offload: Any = "text-encoders") -> Any:

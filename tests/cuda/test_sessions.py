@@ -87,7 +87,7 @@ def test_fp32_is_computed_without_tf32(bundle: Callable[[str], Path]) -> None:
 
 
 def test_first_outputs_of_a_shape_are_outside_the_arena(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
-    """A later recording may use the same memory: what was handed out would change."""
+    """A later recording may use the same memory, so returned outputs would change."""
     folder = bundle("sd1")
     make = cuda.runners(Execution("cuda", 1), 1, open_session)
     runner = make("vae_encoder", folder / "vae_encoder" / "model.onnx")
@@ -128,7 +128,7 @@ def test_fused_graph_that_fails_to_run_falls_back_to_the_plain_one(
 
 
 def test_arenas_make_few_allocations(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
-    """Whatever sizes are asked for: kSameAsRequested made 51 while serving 44 shapes."""
+    """For all sizes: kSameAsRequested made 51 while serving 44 shapes."""
     runner = cuda.runners(Execution("cuda", 1), 1, open_session)("unet", bundle("sd1") / "unet" / "model.onnx")
     shapes = [(rows, side) for side in range(8, 48, 8) for rows in (1, 2, 3, 4)]
     with gpu.counting() as counts:

@@ -60,10 +60,8 @@ def endings_of(engine: Engine, model: str, size: tuple[int, int], count: int) ->
 async def test_recordings_survive_loading_and_unloading_of_models(
     bundle: Callable[[str], Path], gpu: FakeGpu, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Findings 14 and 16: that freed and allocated on the device during captures, which were lost; the fixture sees violations.
-
-    One model has requests all the time, of more and more sizes, so that it records; another comes and goes.
-    """
+    """Findings 14 and 16: memory was freed and allocated during captures, which then failed; the fixture checks for violations.
+    One model gets requests of ever new sizes, so that it records; another is loaded and unloaded meanwhile."""
     for name in ("a", "b"):
         shutil.copytree(bundle("sd1"), tmp_path / "store" / name)
     settings = ModelSettings(preload=("a",))

@@ -49,7 +49,7 @@ def write(folder: Path, *names: str) -> None:
 
 
 def growth(gpu: FakeGpu, work: Callable[[], Any]) -> tuple[Any, int]:
-    """What `work` gives, and the bytes of device memory that it takes."""
+    """The result of `work`, and the bytes of device memory that it takes."""
     before = gpu.used
     return work(), gpu.used - before
 
@@ -114,7 +114,8 @@ def is_unchanged(found: TensorProto, place: Place) -> bool:
 def test_optimizers_leave_shared_weights_as_they_are(
     name: str, bundle: Callable[[str], Path], gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a session would compute with a weight in another layout: optimizers read the file, the session the shared values."""
+    """Otherwise a session would compute with a weight in another layout: optimizers read the file, the session the
+    shared values."""
     opened: list[tuple[Path, SessionOptions, Path]] = []
     make_options = sessions._session_options
 

@@ -26,18 +26,18 @@ MOST_ROWS = 16
 TOGETHER = (3, 12, 1, 8, 12)
 """Requests that are in progress at the same time, in turn."""
 MOST_LAUNCHES = {"sd1": 9, "sd1:fp16": 10, "sdxl:fp16": 10}
-"""Kernels beside the recording in one step, whatever its requests."""
+"""Kernels beside the recording in one step, independent of its requests."""
 MOST_COPIES = {"sd1": 5, "sd1:fp16": 5, "sdxl:fp16": 7}
 """Copies within the device in one step."""
 ROUNDS, MOST_ROUNDS = 4, 40
-"""Of 125 requests, in which memory is flat, and until it is."""
+"""Groups of 125 requests: so many in a row with flat memory, within so many."""
 SEGMENT = 2 << 20
 """Bytes by which torch's allocator grows: it may still do so once, as requests meet by chance."""
 
 
 class Counted:
-    """A pipeline whose steps are counted: for each, the rows of its call and what was asked of the device from the beginning of
-    `denoise` to the end of `advance`, and in the wait for it."""
+    """A pipeline whose steps are recorded: for each, the rows of its call and the device calls from the beginning of `denoise` to
+    the end of `advance`, and during the wait for it."""
 
     def __init__(self, pipeline: Any, gpu: FakeGpu) -> None:
         self._pipeline = pipeline

@@ -1,4 +1,4 @@
-"""Models that run in PyTorch on fake CUDA libraries: one stream for all, and what is asked of torch.compile, which cannot run."""
+"""Models that run in PyTorch on fake CUDA libraries: one stream for all, and the calls of torch.compile, which cannot run."""
 
 import threading
 from collections.abc import Callable

@@ -1,6 +1,5 @@
-"""What the committed demo model has learned, measured against the generator's own posters of the same layouts.
-
-With `-s` each measure says its count: the figures of the model's card.
+"""The quality of the committed demo model, measured against the generator's own posters of the same layouts. With `-s` each
+measure prints its count: the figures of the model's card.
 """
 
 import functools
@@ -22,7 +21,7 @@ DEMO = Path(__file__).parents[2] / "demo"
 MODEL = DEMO / "model"
 LAYOUTS = 20
 ENOUGH = 19
-"""Of the 20 layouts: the requirement's own count."""
+"""The required number of the 20 layouts."""
 
 
 @pytest.fixture(scope="module")

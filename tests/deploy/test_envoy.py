@@ -132,7 +132,7 @@ def test_disconnect_frees_the_engine(tmp_path: Path) -> None:
         call.close()
         assert calls.wait("TransformStream") == "CANCELLED"
         gate.open()
-        # The engine is free for the next caller, whose request is one step.
+        # The engine is free for the next caller's request of one step.
         assert len(list(WebCall(port, f"{SERVICE}Transform", framed(request(num_inference_steps=2))))) == 1
     assert len(pipeline.batches) <= 2
 

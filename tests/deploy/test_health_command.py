@@ -66,7 +66,7 @@ def test_busy_server_is_healthy_but_a_draining_one_is_not() -> None:
                 assert next(states) == _STATES.SERVING
                 drained = server.stop()
                 assert next(states) == _STATES.NOT_SERVING
-                states.close()  # who watches is waited for
+                states.close()  # the server waits for watchers
                 assert health(*at(server, "0.2")) == 1
                 go_on.set()
                 assert len(answer.result(60).images) == 1

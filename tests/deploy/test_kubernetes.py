@@ -20,7 +20,7 @@ from kustomizing import KUBERNETES, Document, build, read
 from serving_settings import CLOSING, config_of
 
 _VERSIONS = ("1.30", "1.37")
-"""The oldest Kubernetes that is held to, and the newest whose schemas are there."""
+"""The oldest supported Kubernetes, and the newest with schemas."""
 _COMPONENTS = ("tls", "autoscaling")
 
 
@@ -63,7 +63,7 @@ class Built:
         return {port["name"]: port["containerPort"] for port in self.container["ports"]}
 
     def config(self, folder: Path) -> ServerConfig:
-        """What the server in the pod is configured with."""
+        """The configuration of the server in the pod."""
         (config,) = self.of("ConfigMap")
         (folder / "server.toml").write_text(config["data"]["server.toml"], encoding="utf-8")
         assert self.container["args"][0] == "serve"
@@ -190,7 +190,7 @@ def test_probes_check_the_servers_health(built: Built, config: ServerConfig) -> 
 def test_probes_leave_time_to_load_and_to_drain(built: Built, config: ServerConfig) -> None:
     startup, liveness = built.container["startupProbe"], built.container["livenessProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 20 * 60
-    # Health is NOT_SERVING from the first second of a drain, whoever began it.
+    # Health is NOT_SERVING from the first second of any drain.
     assert liveness["periodSeconds"] * (liveness["failureThreshold"] - 1) > config.grace + CLOSING
     assert built.pod["terminationGracePeriodSeconds"] > config.grace + CLOSING
 
@@ -265,7 +265,7 @@ def test_pod_count_scales_with_queued_work() -> None:
 
 
 def instruction(name: str) -> str:
-    """What the only such instruction of the Containerfile says."""
+    """The value of the Containerfile's only such instruction."""
     lines = (REPOSITORY / "deploy" / "Containerfile").read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith(f"{name} "))
     return line.removeprefix(f"{name} ")

@@ -16,7 +16,7 @@ _FOLDER = REPOSITORY / "deploy" / "systemd"
 
 
 def unit() -> dict[str, list[str]]:
-    """What the unit says, by directive; one may be there several times."""
+    """The unit's values by directive; directives may be repeated."""
     said: dict[str, list[str]] = defaultdict(list)
     for line in (_FOLDER / "img2img.service").read_text(encoding="utf-8").splitlines():
         if line and line[0] not in "#[":
@@ -26,7 +26,7 @@ def unit() -> dict[str, list[str]]:
 
 
 def config() -> ServerConfig:
-    """What the server is configured with by the unit and the file that is installed with it."""
+    """The configuration of the server by the unit and its installed file."""
     words = shlex.split(unit()["ExecStart"][0])
     assert words[:2] == ["/opt/img2img/bin/img2img", "serve"]
     return config_of(words[2:], {}, _FOLDER / "server.toml")

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint are read, and which checkpoints are refused. Only names are looked at: no model is needed."""
+"""Which files of a checkpoint are read, and which checkpoints are refused. Only names matter, so no model is needed."""
 
 import json
 from pathlib import Path
@@ -133,7 +133,7 @@ def test_template_consists_of_text_files_only() -> None:
 def test_index_that_lists_other_files_than_safetensors_is_refused(
     part: object, infix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """diffusers and transformers would open whatever is listed, with torch."""
+    """diffusers and transformers would open all listed files with torch."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     checkpoint = tmp_path / "checkpoint"
     weights = f"unet/diffusion_pytorch_model{infix}-00001-of-00001.safetensors"

@@ -17,7 +17,7 @@ from img2img_server.bundle.manifest import ComponentParity, ImageParity, Manifes
 
 
 class Exporter:
-    """Stands in for `export_model`: keeps what it was asked, says something, and gives a ready outcome or an error."""
+    """Replaces `export_model`: records its arguments, reports progress, and returns an outcome or raises an error."""
 
     def __init__(self, path: Path) -> None:
         self.asked: list[ExportOptions] = []

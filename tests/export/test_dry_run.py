@@ -63,7 +63,7 @@ def header(shapes: dict[str, tuple[int, ...]], kind: str = "F32") -> bytes:
 
 
 def write_model(directory: Path, kind: str = "F32", upcast: bool = False) -> Path:
-    """A checkpoint whose weights are zeros under names that its classes do not know: who loads them fails."""
+    """A checkpoint whose weights are zeros under names that its classes do not know: loading them fails."""
     for name, shapes in SHAPES.items():
         (directory / name).mkdir(parents=True)
         (directory / name / "config.json").write_text(json.dumps({"force_upcast": upcast}))

@@ -1,4 +1,4 @@
-"""The export from end to end: what it refuses, what it falls back to, and that nothing unverified is ever published."""
+"""The export from end to end: refusals, fallbacks, and that unverified bundles are never published."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ def model(tiny_model: Get, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]], None]:
-    """Makes every export go wrong: lets a function change the bundle, once its UNet and once all of it is written."""
+    """Damages every export: calls a function that changes the bundle after its UNet is written, and again after all of it is."""
     write, save = ExternalWeightsGraph.write, torch_bundle.save
 
     def install(change: Callable[[Path], None]) -> None:

@@ -1,4 +1,4 @@
-"""Graphs without their weights: what is traced, what is folded, and that writing holds one weight at a time."""
+"""Graphs without their weights: tracing, constant folding, and that writing holds one weight at a time."""
 
 import weakref
 from pathlib import Path

@@ -43,7 +43,7 @@ def build_unet(*widths: int) -> Any:
 
 @pytest.fixture(scope="module")
 def unet() -> Traced:
-    """Of SD 1.5's first widths, which the CUDA kernels want: module, part, inputs and fp16 graph."""
+    """Module, part, inputs and fp16 graph with SD 1.5's first widths, which the CUDA kernels require."""
     return traced(build_unet(320, 640), "unet")
 
 
@@ -69,7 +69,7 @@ def traced(module: Any, name: str) -> Traced:
 
 
 def errors(item: Traced, folder: Path) -> tuple[float, float]:
-    """Of the plain and of the fused fp16 graph, against PyTorch in fp32."""
+    """The errors of the plain and of the fused fp16 graph against PyTorch in fp32."""
     module, part, example, graph = item
     with torch.no_grad():
         (name, reference), *_ = part.call(module, example).items()

@@ -195,7 +195,8 @@ def test_token_gives_access_to_private_and_gated_models(gated: bool, hub: Hub, t
 
 
 def test_template_of_a_single_file_downloads_only_text_files(hub: Hub, tmp_path: Path) -> None:
-    """It comes from where diffusers says. That is asked once: then neither diffusers nor torch is needed."""
+    """The configuration comes from the repository that diffusers names. The name is looked up once; later calls need neither
+    diffusers nor torch."""
     names = ("model.diffusion_model.x", "first_stage_model.x", "cond_stage_model.x")
     safetensors.torch.save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")
     hub.repo = "stable-diffusion-v1-5/stable-diffusion-v1-5"

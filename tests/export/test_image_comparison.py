@@ -148,7 +148,7 @@ def test_image_of_another_size_never_passes() -> None:
 
 
 def test_server_pipeline_matches_diffusers(pipeline: Any, tmp_path: Path) -> None:
-    """By way of a bundle of PyTorch weights: no graphs are made for it."""
+    """With a bundle of PyTorch weights, which needs no graphs."""
     cases = image_cases(pipeline, "stable-diffusion")
     references = make_references(pipeline, cases)
     pipeline.save_pretrained(tmp_path, safe_serialization=True)

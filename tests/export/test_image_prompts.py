@@ -118,7 +118,7 @@ def random_adapter(unet: Any, seed: int) -> dict[str, Any]:
 
 
 def states_of(adapter: dict[str, Any], tokens: torch.Tensor, scale: float) -> torch.Tensor:
-    """What the graph reads of tokens [T, D]: in the order of the file, keys beside values."""
+    """The graph's input for tokens [T, D]: in the order of the file, keys beside values."""
     layers = adapter["ip_adapter"]
     return torch.cat([tokens @ weight.T * (scale if "to_v" in name else 1.0) for name, weight in layers.items()], -1)
 

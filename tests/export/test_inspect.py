@@ -1,4 +1,4 @@
-"""`img2img inspect` prints the manifest, and its exit status tells whether the bundle is intact and verified."""
+"""`img2img inspect` prints the manifest, and its exit status is 0 only for an intact and verified bundle."""
 
 import dataclasses
 import json

@@ -21,7 +21,7 @@ from short_exports import cut_short
 
 
 class Killer(Progress):
-    """Kills its own process at the `moment`-th thing that it is told; counts them into a file instead, where that is -1."""
+    """Kills its own process at the `moment`-th progress report; with -1 it counts the reports into a file instead."""
 
     def __init__(self, moment: int, file: Path) -> None:
         self.moment, self.file, self.told = moment, file, 0
@@ -48,7 +48,7 @@ def run(source: Path, output: Path, moment: int, file: Path) -> None:
 
 @pytest.fixture(scope="module")
 def libraries() -> ForkServerContext:
-    """What begins processes that have the libraries loaded: once for all of them."""
+    """Starts processes that have the libraries loaded: once for all of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["img2img_export.attempts", "test_interruptions", "optimum.exporters.base"])
     return context
@@ -90,8 +90,8 @@ def test_kill_at_any_moment_leaves_no_bundle_after_cleanup(
 
 
 def run_command(words: list[str], told: Path) -> None:
-    """The command as a person runs it, with what it says written to the pipe `told`."""
-    # A shell makes its background jobs, perhaps this test, deaf to it.
+    """The command as on a terminal, with its output written to the pipe `told`."""
+    # A shell's background jobs, perhaps this test, ignore this signal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(told, os.O_WRONLY), sys.stdout.fileno())
     with cut_short():
@@ -113,7 +113,7 @@ def test_signal_ends_the_export_and_removes_its_files(
                 assert process.pid is not None
                 os.kill(process.pid, number)
                 break
-        lines.read()  # until whoever clears up has gone, too
+        lines.read()  # until the process that cleans up has ended, too
     process.join()
     assert process.exitcode == {signal.SIGTERM: 143, signal.SIGINT: 130}[signal.Signals(number)]
     assert list(folder.iterdir()) == []

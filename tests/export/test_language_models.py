@@ -1,4 +1,4 @@
-"""Text encoders that are language models, as graphs: they have what the pipeline reads, for texts of any length."""
+"""Text encoders that are language models, as graphs: they have the outputs that the pipeline reads, for texts of any length."""
 
 import copy
 from collections.abc import Callable
@@ -33,13 +33,13 @@ with_few_layers = pytest.mark.parametrize("made", nightly_but(READ, "zimage", "q
 
 
 def embeds(pipe: Any) -> torch.Tensor:
-    """What the pipeline makes of a prompt: [B, T, D]; of Z-Image, whose texts have lengths of their own, [T, D]."""
+    """The pipeline's embedding of a prompt: [B, T, D]; for Z-Image, whose texts have different lengths, [T, D]."""
     found: Any = pipe.encode_prompt("a red fox in the snow")[0]
     return torch.as_tensor(found[0] if isinstance(found, list) else found)
 
 
 class Made:
-    """A text encoder as its pipeline calls it, its graph, and what the graph is compared with."""
+    """A text encoder as its pipeline calls it, its graph, and the comparisons."""
 
     def __init__(self, name: str, directory: Path, folder: Path) -> None:
         pipe = DiffusionPipeline.from_pretrained(directory)

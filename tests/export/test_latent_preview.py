@@ -27,7 +27,7 @@ Get = Callable[[str], Path]
 
 
 def pipeline(model: Path) -> Any:
-    """As much of a pipeline as a map needs."""
+    """The part of a pipeline that a map needs."""
     name = json.loads((model / "vae" / "config.json").read_text())["_class_name"]
     return SimpleNamespace(vae=getattr(diffusers, name).from_pretrained(model / "vae").eval())
 
@@ -38,7 +38,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def explained(vae: Any, images: Iterable[np.ndarray], weights: latent_preview.LatentPreview) -> float:
-    """How much of the variance of the decoded images' colours their previews explain: 1 for all, 0 for what the mean does."""
+    """How much of the variance of the decoded images' colours their previews explain: 1 for all, 0 for no more than the mean."""
     drawn, wanted = [], []
     for image in images:
         latents = latent_preview.encode(vae, image)

@@ -275,7 +275,7 @@ def test_original_block_names_of_sdxl_are_accepted(tiny_model: Get, tmp_path: Pa
 
 
 def test_bundle_with_lora_and_scheduler_matches_diffusers(tiny_model: Get, tmp_path: Path) -> None:
-    """As an LCM-LoRA is used: fused, and with LCM's scheduler in place of the model's own."""
+    """The use of an LCM-LoRA: fused, and with LCM's scheduler in place of the model's own."""
     model = tiny_model("sd1")
     file = write_diffusers(make(model, seed=3), tmp_path / "lcm.safetensors")
     asked = ExportOptions(str(model), tmp_path / "out", loras=(LoraFile(file, 0.1),), scheduler="LCM")

@@ -80,7 +80,7 @@ def test_a_sample_size_is_a_number_or_a_list(sample_size: Any, expected: tuple[i
 
 
 class StrangeError(Exception):
-    """What no library is expected to raise."""
+    """An error that no library is expected to raise."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Graphs in other precisions than fp32: what they are, what stays in fp32 and why, and that the server runs them."""
+"""Graphs in other precisions than fp32: their types, the parts that stay in fp32, and that the server runs them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,7 +82,7 @@ def test_fp16_overflow_keeps_the_component_in_fp32_with_the_reason(
 def test_components_that_fail_in_int8_fall_back_with_the_reason(
     bundle: Get, tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what is left of it is drawn by the server."""
+    """The server draws with the components that stay in int8."""
     reference = draw(bundle("sd1"))
     strict = {**LIMITS, "int8": replace(LIMITS["int8"], relative_error=0.02)}
     monkeypatch.setattr(component, "limits_of", lambda precision, narrow: strict[precision])

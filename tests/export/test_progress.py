@@ -13,7 +13,7 @@ from rich.console import Console
 
 
 class Clock:
-    """Time that goes on when it is told to."""
+    """A manual clock."""
 
     def __init__(self) -> None:
         self.now = 100.0

@@ -43,7 +43,7 @@ def call(text: int, *grids: tuple[int, int]) -> dict[str, Any]:
 
 
 class Made:
-    """A module with a layer of windows and one without in its tower, its graphs, and what they are compared with."""
+    """A module with a layer of windows and one without in its tower, its graphs, and the comparisons."""
 
     def __init__(self, folder: Path) -> None:
         with torch.random.fork_rng(), torch.no_grad():

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("empty_cache")
 
 @pytest.fixture
 def model(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of a tiny model. Its two text encoders, where it has two, differ in width: by that diffusers tells them apart."""
+    """A copy of a tiny model. If it has two text encoders, they differ in width, by which diffusers distinguishes them."""
 
     def copy(name: str) -> Path:
         directory = Path(shutil.copytree(tiny_model(name), tmp_path / name))

@@ -1,4 +1,4 @@
-"""How a bundle comes into place: whole or not at all, and nothing else is ever replaced."""
+"""Staging: a bundle appears completely or not at all, and nothing else is ever replaced."""
 
 import json
 import signal

@@ -58,7 +58,7 @@ def test_the_weights_are_stored_once(bundle: Get) -> None:
 
 
 def test_bfloat16_sine_is_accurate_but_of_a_bfloat16_angle_is_not() -> None:
-    """What the split is for."""
+    """The accuracy that the split preserves."""
     timesteps = torch.arange(1000.0)
     wave = torch.sin(timesteps)
     by_angle = torch.sin(timesteps.bfloat16().float())

@@ -33,7 +33,7 @@ _FAINT = {
     "flux2", "klein", "kontext", "longcat-edit", "qwenimage-edit", "qwenimage-edit-plus", "qwenimage-layered", "qwenimage2",
     "sana-sprint", "sd-tiny-vae",
 }  # fmt: skip
-"""Models of random weights on whose images the source or the prompt has an effect, but less than on the others'."""
+"""Models with random weights whose images depend less on the source or the prompt than the others' do."""
 
 
 @pytest.mark.parametrize("name", nightly_but(sorted(set(NAMES) - _FAINT), "sd1", "sdxl", "sd3"))

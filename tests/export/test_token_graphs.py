@@ -74,7 +74,7 @@ def made(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("name", nightly_but(MODELS, *_EVERY_RUN))
 def test_each_row_of_a_batch_matches_diffusers(name: str, made: Callable[[str], Made]) -> None:
-    """Of prompts of different lengths where texts have a mask, and references of different number and size."""
+    """Rows with prompts of different lengths if texts have a mask, and with references of different numbers and sizes."""
     one = made(name)
     texts = (5, 45, 33) if "text_mask" in one.kind.inputs else (9, 9, 9)
     sizes = [((4, 6),) * 2, ((8, 3), (2, 6), (3, 4)), ((2, 12), (6, 4))]

@@ -1,4 +1,4 @@
-"""Files and directories that are not servable models: the error says what they are and what to do."""
+"""Files and directories that are not servable models: the error names the problem and the solution."""
 
 import codecs
 import json

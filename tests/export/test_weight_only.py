@@ -222,7 +222,7 @@ def test_server_draws_with_quantized_weights(bundle: Get) -> None:
 
 
 def test_layers_of_text_encoders_in_pytorch_are_quantized(bundle: Get) -> None:
-    """Of a hybrid. The server computes with them in fp32 as the export's images have been compared."""
+    """Weights of a hybrid. The server computes with them in fp32, as the export did for its comparison."""
     path = bundle("klein:fp16:int4+hybrid")
     manifest = read_manifest(path)
     part = next(part for part in manifest.components if part.name == "text_encoder")
@@ -241,7 +241,7 @@ def test_layers_of_text_encoders_in_pytorch_are_quantized(bundle: Get) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_quantized_layer_has_the_numbers_of_the_quantized_product(weight_format: WeightFormat, bias: bool) -> None:
-    """Those of ONNX Runtime's quantizer, with columns that do not divide into whole blocks."""
+    """The values of ONNX Runtime's quantizer, also with columns that do not divide into whole blocks."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(ROWS, COLUMNS, bias=bias)
     module = torch.nn.Sequential(linear)

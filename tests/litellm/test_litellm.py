@@ -32,7 +32,7 @@ HELD = """\
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """Where the proxy listens, and the models behind it."""
+    """The proxy's address, and the models behind it."""
 
     port: int
     demo: FakePipeline

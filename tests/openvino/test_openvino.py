@@ -1,4 +1,4 @@
-"""OpenVINO: which compiled graph runs which shapes, what it computes in, and what becomes of graphs that it cannot run.
+"""OpenVINO: which compiled graph runs which shapes, in which precision, and the fallback for graphs that it cannot run.
 
 Run by `scripts/test --openvino`: in all other tests OpenVINO is hidden (tests/hidden). A CPU with AVX512 but without instructions
 for bfloat16 emulates it.
@@ -194,7 +194,7 @@ def test_configured_sizes_get_their_own_graphs_and_others_share_one(folder: Path
 def test_rows_run_in_the_graphs_of_their_size(
     rows: int, parts: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Never in the graph for any shape. Those that are not open yet are opened in the background: meanwhile rows run in the
+    """Never in the graph for any shape. Graphs that are not open yet are opened in the background; meanwhile rows run in the
     others, with the same results."""
     monkeypatch.setattr(cpu, "available_memory", lambda: 2**30)
     compiler = FakeCompiler(UNET)
@@ -275,7 +275,7 @@ def test_other_sizes_run_on_the_cpu_provider_if_only_the_graph_for_any_shape_fai
 
 
 def test_graphs_whose_first_axis_is_fixed_are_not_divided(folder: Path) -> None:
-    """Though that axis is as long as a call's rows."""
+    """Although that axis is as long as a call's rows."""
     graph, fixed = (FakeGraph(UNET | {"scale": [4]}) for _ in range(2))
     later = LaterRunner(graph.inputs, graph.outputs, lambda: graph)
     runner = BucketRunner(later, {}, {((2, 4, 8, 8), (2,), (2, 77, 8), (4,)): fixed}, {})
@@ -441,7 +441,7 @@ def test_float32_images_match_the_cpu_provider(
 
 
 def test_a_models_text_encoder_that_is_a_language_model_runs(bundle: Callable[[str], Path]) -> None:
-    """As on the CPU provider, with all other graphs."""
+    """The same as on the CPU provider, with all other graphs."""
     path = bundle("klein")
     on_cpu = load_pipeline(path, read_manifest(path), Execution("cpu"))
     pipeline = load_pipeline(path, read_manifest(path), Execution("openvino", arithmetic="fp32", threads=1))
@@ -476,7 +476,7 @@ def test_the_graph_for_any_shape_is_right_after_a_call_of_one_place(
 
 
 def test_outputs_have_the_names_of_the_file_also_those_that_the_graph_uses_itself(tmp_path: Path) -> None:
-    """As the hidden states of a text encoder: of the names of such an output OpenVINO gives the first in the alphabet."""
+    """Such as the hidden states of a text encoder: OpenVINO reports the alphabetically first name of such an output."""
     nodes = [
         helper.make_node("Sin", ["x"], ["/inner"]),
         helper.make_node("Identity", ["/inner"], ["states"]),
@@ -528,7 +528,7 @@ def test_the_oldest_compiled_graphs_are_deleted(tmp_path: Path) -> None:
 def test_bfloat16_is_used_only_if_images_pass(
     passes: bool, bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And the timestep embedding is never in it."""
+    """The timestep embedding is never in bfloat16."""
     folder = bundle("demo")
     monkeypatch.setattr(openvino, "arithmetic", lambda execution: "bf16" if execution.arithmetic == "auto" else "f32")
     if not passes:

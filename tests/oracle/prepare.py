@@ -1,5 +1,5 @@
-"""Makes what the tests in this folder look at, into $IMG2IMG_ORACLE: `models` by the old versions of the oracle's environment,
-`bundles` of them by the versions of requirements.lock. The two do not fit into one environment."""
+"""Makes the test data of this folder in $IMG2IMG_ORACLE: `models` by the old versions of the oracle's environment, `bundles` of
+them by the versions of requirements.lock. The two do not fit into one environment."""
 
 import os
 import sys

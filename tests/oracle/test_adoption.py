@@ -22,7 +22,7 @@ Get = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def exported(tiny_model: Get, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `optimum-cli export onnx` makes of a tiny model."""
+    """The output of `optimum-cli export onnx` for a tiny model."""
     from optimum.exporters.onnx import main_export
 
     output = tmp_path_factory.mktemp("optimum") / "sd1"

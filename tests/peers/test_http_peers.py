@@ -25,7 +25,7 @@ def servers(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("name", PEERS)
 async def test_peer_draws_an_image_for_each_seed(servers: dict[str, ServerProcess], name: str) -> None:
-    """In bfloat16 where the CPU has it, so the images are only near those of PyTorch in float32."""
+    """In bfloat16 if the CPU supports it, so the images are only near those of PyTorch in float32."""
     async with connected(servers["pytorch"].target) as sender:
         alone = [await sender.send(job) for job in JOBS]
     async with connected(servers[name].target) as sender:

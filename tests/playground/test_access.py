@@ -13,7 +13,7 @@ def test_pages_of_other_origins_are_refused(address: str) -> None:
     policy = headers["Content-Security-Policy"]
     assert "default-src 'self'" in policy
     assert "frame-ancestors 'none'" in policy
-    # A name of somebody else's that was made to lead to this machine
+    # A foreign name that resolves to this machine
     for path in ("/", "/_nicegui_ws/socket.io/?EIO=4&transport=polling"):
         assert ask(address, "GET", path, Host="rebound.example:7860")[0] == 400
     for method, path in (("PUT", "/tabs/guessed/source"), ("GET", "/tabs/guessed/images/guessed")):

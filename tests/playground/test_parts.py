@@ -1,4 +1,4 @@
-"""The playground's parts, each alone: what a person set, what is shown and copied, and what is kept."""
+"""The playground's parts, one by one: settings, displayed and copied text, and stored state."""
 
 import argparse
 import ast
@@ -342,7 +342,7 @@ async def test_abandoned_sessions_are_closed() -> None:
 
 
 class _FakeServer:
-    """Stands in for an AsyncClient: its health and models are what the test sets."""
+    """Replaces an AsyncClient; tests set its health and models."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -595,7 +595,7 @@ def test_invalid_flags_are_reported(
 
 
 def test_playground_imports_no_grpc_and_no_server_code() -> None:
-    """It has no stub and no protobuf message, and knows nothing of the server's insides."""
+    """It uses no stub, no protobuf message and no module of the server."""
     for path in (REPOSITORY / "playground").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -624,7 +624,7 @@ def test_settings_that_the_model_does_not_take_are_not_sent() -> None:
 
 
 def test_strength_and_references_that_need_a_mask_are_sent_with_one_only() -> None:
-    """So it is with models that edit; and without a strength they run all steps."""
+    """The same for models that edit; without a strength they run all steps."""
     fields = (*_EDITS.fields, FieldInfo("mask"), FieldInfo("strength", default=1.0, needs="mask"))
     session = _new_session()
     session.model = replace(_EDITS, fields=(*fields, FieldInfo("reference_images", max_count=1, needs="mask")))

@@ -216,7 +216,7 @@ async def _result(visitor: Visitor) -> Image.Image:
 
 
 def _redrawn(made: Image.Image) -> Image.Image:
-    """Where an image differs from IMAGE."""
+    """The mask of pixels in which an image differs from IMAGE."""
     with Image.open(IMAGE) as source:
         return ImageChops.difference(made, source.convert("RGB")).convert("L").point(lambda value: 255 if value else 0)
 
@@ -260,7 +260,7 @@ async def test_mask_can_be_drawn_erased_inverted_and_removed(visitor: Visitor) -
 
 
 async def test_last_mask_drawn_during_an_upload_is_sent(visitor: Visitor) -> None:
-    """The first one is held up on its way; of those that were drawn meanwhile the last is sent, and it stays on the canvas."""
+    """The first one is delayed; of the masks drawn meanwhile the last is sent, and it stays on the canvas."""
     held, may_go, sent = asyncio.Event(), asyncio.Event(), 0
 
     async def send(route: Route) -> None:
@@ -448,7 +448,7 @@ async def _drop(picker: Locator, *names: str) -> None:
 
 
 async def test_a_control_image_is_dropped_on_its_button(visitor: Visitor) -> None:
-    """And does not become the source, which is what is dropped elsewhere. Of several files one is taken."""
+    """It does not become the source, as files dropped elsewhere do. Of several files one is used."""
     await visitor.see("Server's default (m)")
     await visitor.choose()
     await _drop(visitor.page.locator(".control-images .picker"), "edges.png", "more.png")
@@ -514,7 +514,7 @@ async def test_image_prompts_have_an_adapter_images_and_a_scale_and_are_kept_wit
 
 
 async def test_a_model_that_reads_a_control_image_asks_for_one(visitor: Visitor, stand: Stand) -> None:
-    """Without a ControlNet and numbers. What was chosen for another model stays for that one."""
+    """Without a ControlNet and numbers. The choice for another model is kept for that one."""
     await visitor.see("Server's default (m)")
     await visitor.choose()
     page, rows = visitor.page, visitor.page.locator(".control-row")

@@ -1,6 +1,5 @@
-"""A server that keeps assets, around a fake pipeline, and stubs of it: what the tests of assets over a channel share.
-
-A module that wants another server, or another pipeline, has a fixture of that name itself.
+"""A server that keeps assets, around a fake pipeline, and stubs of it: shared by the tests of assets over a channel. A module
+that needs another server or pipeline defines a fixture of that name.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ def pipeline() -> FakePipeline:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the server keeps assets."""
+    """The server's folder of assets."""
     return tmp_path / "assets"
 
 

@@ -23,7 +23,7 @@ NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 @dataclass(slots=True)
 class Gate:
-    """An Access whose clocks are set by hand."""
+    """An Access with manual clocks."""
 
     path: Path
     clock: Clock

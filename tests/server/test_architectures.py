@@ -57,11 +57,11 @@ _LARGE = {"kontext", "qwenimage-edit", "qwenimage-edit-plus", "qwenimage2", "lon
 """Models that look at a million pixels of any source, and take seconds for each image."""
 
 _PHOTO = (104, 72)
-"""Of no model's multiple, and wider than tall."""
+"""Not a multiple of any model's, and wider than tall."""
 
 
 def expected(pipe: Any, image: Image.Image, seed: int, size: tuple[int, int], **settings: Any) -> Image.Image:
-    """What diffusers makes of the image as it is, for a result of `size` where the class takes one."""
+    """diffusers' result for the unchanged image, of `size` if the class takes a size."""
     width, height = size
     known = inspect.signature(pipe.__call__).parameters
     ignored = type(pipe).__name__ in ("KolorsImg2ImgPipeline", "ZImageImg2ImgPipeline")  # a width: they keep the source's size
@@ -116,7 +116,7 @@ def test_images_match_diffusers(name: str, bundle: Callable[[str], Path], tiny_m
 
 @pytest.mark.parametrize("rule", [SizeRule(width=64), SizeRule(height=128), SizeRule(longest_side=128)])
 def test_unsupported_size_is_refused(rule: SizeRule, bundle: Callable[[str], Path]) -> None:
-    """DeepFloyd IF draws at its UNet's size; what it makes anyway may be asked for."""
+    """DeepFloyd IF draws at its UNet's size; only that size may be requested."""
     pipeline = load_pipeline(bundle("if"), read_manifest(bundle("if")), Execution("cpu"))
     with pytest.raises(InvalidField, match="this model sets the size itself: of this image it makes 48 x 32 pixels"):
         asked(pipeline, source(*_PHOTO), rule)
@@ -162,7 +162,7 @@ def test_strength_is_ignored_by_models_without_it(bundle: Callable[[str], Path])
 
 
 def test_opaque_pipeline_matches_the_stepped_pipeline(bundle: Callable[[str], Path]) -> None:
-    """As bundles do whose graphs take one timestep for all: they cannot be batched."""
+    """Like bundles whose graphs take one timestep for all rows, which cannot be batched."""
     manifest = read_manifest(bundle("sd1"))
     request = make_request(image=source(72, 64), prompt="a lake", strength=0.6, num_inference_steps=4, seeds=(1, 2))
     split, whole = (

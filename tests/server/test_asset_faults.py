@@ -308,7 +308,7 @@ async def test_file_deleted_while_being_stored_again_counts_towards_the_quota(
         async with store.reserve("shared", 0) as room:
             storing = asyncio.create_task(store.put("shared", bytes(1000), room))
             await asyncio.wait([storing], timeout=0.2)
-            # Whoever comes now finds the deleted file's bytes free as soon as they are.
+            # The next request finds the deleted file's bytes free as soon as they are.
             go.set()
             await deleting
             async with store.reserve("shared", 600):

@@ -1,4 +1,4 @@
-"""The asset store: what is stored is whole, stays apart for each owner, stays within the quota, and goes when it is old."""
+"""The asset store: files are complete, separate for each owner, within the quota, and deleted when they expire."""
 
 import asyncio
 import contextlib
@@ -127,7 +127,7 @@ async def test_two_servers_share_one_asset_store(url: str) -> None:
 
 
 async def test_one_client_cannot_fill_the_quota(url: str) -> None:
-    """Its share holds for what is there and what is on its way, survives a restart, and is free again with what it deletes."""
+    """The client's quota covers stored files and uploads in progress, survives a restart, and is freed by deletions."""
     alice, bob = (owner_of(Call("m", "r", client=name, authenticated=True)) for name in ("alice", "bob"))
     async with opened(url, quota=1000, client_quota=600) as store:
         kept = await put(store, os.urandom(500), alice)

@@ -18,7 +18,7 @@ CURVE = {1: 0.012, 2: 0.018, 4: 0.034, 8: 0.064, 16: 0.120}
 def measured_engine(
     limits: QueueLimits, seconds: Callable[[int], float] = lambda rows: 1.0
 ) -> tuple[Engine, FakePipeline, Clock]:
-    """One that knows what its calls take, and whose clock begins at 0."""
+    """An engine with known costs, whose clock begins at 0."""
     engine, pipeline, clock = make_engine(limits, seconds=seconds)
     engine.costs.adopt("m", WarmUp(16, 1000.0, clock).measure("m", pipeline))
     clock.now = 0.0
@@ -26,7 +26,7 @@ def measured_engine(
 
 
 def check_room(engine: Engine, client: str = "") -> None:
-    """Raises what a request of `client` that came now would be refused with."""
+    """Raises the error that a new request of `client` would get."""
     with engine.reserve(client):
         pass
 
@@ -168,7 +168,7 @@ def test_server_requests_do_not_count_as_a_client() -> None:
 
 
 def test_arriving_requests_count_towards_the_limit() -> None:
-    """So that no more images are fetched and decoded than there is room for."""
+    """So no more images are fetched and decoded than the queue has slots."""
     engine, _, _ = make_engine(QueueLimits(max_waiting=2))
     with engine.reserve() as place:
         assert engine.stats.arriving == 1

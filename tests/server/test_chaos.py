@@ -117,7 +117,7 @@ def test_kill_during_uploads_tears_no_asset(store: Path, tmp_path: Path) -> None
 
 
 def wait_for(holds: Callable[[], bool], running: list[Any]) -> None:
-    """Waits until something holds that `running` bring about; raises what one of them raised."""
+    """Waits for a condition that `running` tasks cause; raises the error of any of them."""
     tick = threading.Event()
     while not holds():
         for each in running:
@@ -183,7 +183,7 @@ def test_full_disk_fails_only_the_upload(
                 client.upload(big_source(300_000))
             assert (caught.value.status, caught.value.reason) == ("UNAVAILABLE", "STORAGE_FAILED")
             assert str(tmp_path) not in str(caught.value)
-        # What was there is whole, there is room for what fits, and images are made.
+        # The stored files are complete, files within the quota can be stored, and images are made.
         assert client.download(first.id) == kept
         assert isinstance(client.upload(big_source(50_000)), Asset)
         result = client.transform(source(2), prompt="p", seed=3, num_inference_steps=4)
@@ -250,7 +250,7 @@ def test_hanging_model_call_ends_the_server_and_answers_every_request(stage: str
         assert next(states).status == health_pb2.HealthCheckResponse.NOT_SERVING
         for call in calls:
             error = call.exception(SECONDS)
-            if error is not None:  # one whose image was done before may have it
+            if error is not None:  # a request whose image was finished before may have it
                 assert isinstance(error, Unavailable), error
                 assert error.reason in ("ENGINE_STUCK", "SHUTTING_DOWN")
         assert calls[0].exception() is not None

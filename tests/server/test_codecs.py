@@ -102,7 +102,7 @@ async def test_only_the_pixels_of_a_decoded_image_are_asked_for(codecs: Codecs, 
 
 
 async def test_memory_of_an_image_stays_for_the_next(codecs: Codecs) -> None:
-    """Else the kernel clears hundreds of pages for each image: 786 kB of pixels alone have 192."""
+    """Otherwise the kernel clears hundreds of pages for each image: 786 kB of pixels alone have 192."""
     image = Image.effect_noise((512, 512), 90).convert("RGB")
     data = saved(image, "PNG", compress_level=1)
     faults: list[int] = []

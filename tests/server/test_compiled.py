@@ -1,4 +1,4 @@
-"""torch.compile: the same images, never compiled for while a request waits, and done without where it fails."""
+"""torch.compile: the same images, no compilation while a request waits, and a fallback if it fails."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_compiled_models_give_the_same_images_and_compilation_delays_no_request(
 
 
 class Compiler:
-    """In torch.compile's place: keeps what is to be compiled and how, and counts the calls of what it gave."""
+    """Replaces torch.compile: records its arguments, and counts the calls of its results."""
 
     def __init__(self) -> None:
         self.compiled: list[str] = []
@@ -93,7 +93,7 @@ class Compiler:
 def test_repeated_blocks_of_a_denoiser_are_compiled(
     name: str, blocks: set[str], tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And used for the shapes that were compiled only; the third class repeats none, and is compiled whole."""
+    """Compiled code is used for the compiled shapes only; the third class repeats no layers, and is compiled as one."""
     pipe = AutoPipelineForImage2Image.from_pretrained(tiny_model(name), torch_dtype=torch.float32, local_files_only=True)
     pipeline, compiler = OpaquePipeline(pipe, "torch:cpu", threads=1), Compiler()
     monkeypatch.setattr(torch, "compile", compiler)

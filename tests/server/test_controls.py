@@ -123,7 +123,7 @@ def oracle(tiny_model: Get, tiny_controlnet: Get) -> Callable[..., np.ndarray]:
 
     def draw(name: str, mix: Mix, seed: int, mask: Image.Image | None = None) -> np.ndarray:
         kind = CLASSES[name][mask is not None]
-        # Without controls, one whose scale is 0 gives the image of the plain pipeline.
+        # A control with scale 0 gives the image of the plain pipeline without controls.
         mix = mix or (("a", 0.0, 0.0, 1.0),)
         parts = [model(f"{name}-{letter}") for letter, *_ in mix]
         modes = {}
@@ -158,7 +158,8 @@ def oracle(tiny_model: Get, tiny_controlnet: Get) -> Callable[..., np.ndarray]:
 def test_mixed_batch_matches_diffusers(
     name: str, bundle: Get, nets: Callable[[str], Companions], oracle: Callable[..., np.ndarray]
 ) -> None:
-    """And what each request draws alone, bit by bit. Requests without controls draw what a pipeline without ControlNets draws."""
+    """Each request gets the bits that it gets alone. Requests without controls get the image of a pipeline without
+    ControlNets."""
     pipeline, plain = load(bundle(name), nets(name)), load(bundle(name), None)
     batch = requests()
     drawn = together(pipeline, batch)
@@ -236,7 +237,7 @@ def test_controls_of_masked_requests_match_diffusers(
 def test_requests_with_controls_loras_both_and_none_share_calls(
     bundle: Get, nets: Callable[[str], Companions], tiny_model: Get, tiny_controlnet: Get, tmp_path: Path
 ) -> None:
-    """Each draws the same bits in any company. What both together draw is what diffusers draws."""
+    """Each has the same bits in any batch. The image with both is diffusers'."""
     folder = tmp_path / "loras"
     folder.mkdir()
     pairs = make(tiny_model("sd1"), 1, ("to_q", "to_v", "ff.net.2"), (8,))
@@ -311,7 +312,7 @@ def test_a_controlnet_of_another_family_is_refused(bundle: Get, nets: Callable[[
 
 
 def test_a_controlnet_fits_the_models_whose_graphs_have_its_residuals(bundle: Get, control_bundle: Get, tmp_path: Path) -> None:
-    """What the configurations say, for every pair: the same as the graphs' inputs and outputs. Nothing is loaded for it."""
+    """For every pair, the configurations give the same result as the graphs' inputs and outputs, without loading any."""
     models = ("sd1", "sd2", "sdxl", "refiner", "flux-dev:fp32:controls")
     nets = ("sd1-a", "sdxl-a", "sdxl-u", "flux-dev-a", "flux-dev-x")
     shared = {"sample", "hidden_states", "encoder_hidden_states", "text_embeds", "time_ids", "pooled_projections"}
@@ -329,7 +330,7 @@ def test_a_controlnet_fits_the_models_whose_graphs_have_its_residuals(bundle: Ge
     found = {name: set(registry.controlnets(registry.get(name))) for name in models}
 
     def fits(net: dict[str, Any], model: dict[str, Any]) -> bool:
-        """It gives residuals of the model's widths, and reads all that the model does."""
+        """Its residuals have the model's widths, and it reads all inputs of the model."""
         return net.items() <= model.items() and net.keys() & shared == model.keys() & shared
 
     assert found == {name: {net for net in nets if fits(widths[net], widths[name])} for name in models}
@@ -354,7 +355,7 @@ def test_models_without_controlnets_refuse_controls(name: str, reason: str, bund
 
 
 class Doubling(FakePipeline):
-    """Its steps take twice as long for requests with controls, as it plans."""
+    """Its steps take twice as long for requests with controls, as planned."""
 
     def plan(self, request: Request) -> Plan:
         return dataclasses.replace(super().plan(request), work=2.0 if request.controls else 1.0)
@@ -518,7 +519,7 @@ def test_the_command_sends_and_reproduces_controls(
 
 
 def test_a_control_image_is_resized_to_the_result(client: Client) -> None:
-    """As diffusers resizes it, and whatever way it is sent."""
+    """Resized as diffusers does it, independent of how it is sent."""
     large = image_of("a").resize((100, 150), Image.Resampling.NEAREST)
     by_server, by_client = (
         client.transform(sample_image(64, 64), seed=1, width=64, height=96, controls=[Control("a", image)], **SETTINGS).images[0]
@@ -568,7 +569,7 @@ def test_an_invalid_field_of_a_control_is_named(control: dict[str, Any], field: 
 
 
 def test_the_mode_of_a_union_is_read_and_recorded(client: Client) -> None:
-    """And named if it is wrong."""
+    """A wrong one is named in the error."""
 
     def ask(mode: int | None) -> Any:
         control = Control("u-xl", image_of("u"), control_mode=mode)

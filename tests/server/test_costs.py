@@ -127,7 +127,7 @@ def test_graphs_that_calls_need_are_opened_before_they_are_measured() -> None:
 
 
 def test_a_model_whose_costs_are_known_is_tried_with_a_guided_request() -> None:
-    """It needs the graph of most requests, and no further one."""
+    """A guided trial opens the graphs that most requests need, and no others."""
     pipeline = FakePipeline(clock := Clock())
     WarmUp(4, 60.0, clock).check("m", pipeline)
     (state,) = pipeline.prepared

@@ -52,7 +52,7 @@ def test_graphs_cannot_be_recorded_on_the_default_stream() -> None:
 
 
 class Opener:
-    """Opens nothing: notes the options of each session it was asked for. What is `uncapturable` cannot have CUDA graphs."""
+    """Opens no session, but records its options. Graphs in `uncapturable` cannot have CUDA graphs."""
 
     def __init__(self, *uncapturable: str) -> None:
         self.asked: list[tuple[str, dict[str, str]]] = []
@@ -69,7 +69,7 @@ class Opener:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A torch that says it has CUDA, and hands out a stream."""
+    """A fake torch with CUDA, which returns a stream."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=ADDRESS))
     device_stream.cache_clear()
@@ -141,7 +141,7 @@ def test_torch_switches_to_the_session_stream_after_its_pending_work(monkeypatch
 
 
 class FarRunner:
-    """A graph on the device: asserts what a runner may expect, and gives outputs of the right shapes."""
+    """A graph on the device: asserts the runner's guarantees, and returns outputs of the right shapes."""
 
     def __init__(self, path: Path) -> None:
         self._near = HostRunner(open_session(path, SessionOptions()))
@@ -157,7 +157,7 @@ class FarRunner:
 
 
 class Transfers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts copies from the host to the device, and notes those that wait until the device has done all it was asked."""
+    """Counts copies from the host to the device, and records those that wait for all of the device's work."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

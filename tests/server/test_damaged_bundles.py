@@ -72,7 +72,7 @@ def test_loaded_bundle_keeps_working_if_its_files_are_damaged(bundle: Callable[[
 
 
 def test_non_finite_values_are_an_error_not_an_image(bundle: Callable[[str], Path], tmp_path: Path) -> None:
-    """Its decoder gives NaN: a black image would look like an answer."""
+    """Its decoder returns NaN; a black image would look like a result."""
     from img2img_server.runtime.loader import load_pipeline
 
     copy = tmp_path / "models" / "m"

@@ -1,4 +1,4 @@
-"""Models that are not in the store: exported into it where that is allowed, once for all who ask, and never by a path."""
+"""Models that are not in the store: exported into it if that is allowed, once for all requests, and never by a path."""
 
 import asyncio
 import json
@@ -60,7 +60,7 @@ tell(event="result", path=str(output))
 
 @pytest.fixture
 def control(tmp_path: Path) -> Path:
-    """Where the stand-in for the exporter notes its calls and finds what it is to make."""
+    """The folder in which the fake exporter records its calls and finds its scripts."""
     make_bundle(tmp_path / "control" / "template", repo_id="acme/new")
     return tmp_path / "control"
 
@@ -176,7 +176,7 @@ async def test_server_without_exporter_reports_it(folder: Path, control: Path, c
 
 
 async def test_export_command_names_the_missing_extra(folder: Path) -> None:
-    """As `img2img export` ends where optimum is not installed."""
+    """The result of `img2img export` without the exporter's packages."""
     code = "import sys; sys.modules['huggingface_hub'] = None; from img2img_cli.__main__ import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "export"]
     async with rig(folder, command, allow_downloads=True, download_repos=("acme/*",)) as it:
@@ -331,7 +331,7 @@ UNKNOWN = [
 
 @pytest.mark.parametrize("name", UNKNOWN)
 async def test_model_name_cannot_be_a_path(name: str, folder: Path, tmp_path: Path) -> None:
-    """Nothing outside the store is found under any name, not even through a symlink in the store."""
+    """No name reaches a file outside of the store, not even through a symlink in the store."""
     make_bundle(tmp_path / "x")
     make_bundle(folder / ".hidden")
     (folder / "link").symlink_to(tmp_path / "x")

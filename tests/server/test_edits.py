@@ -1,4 +1,4 @@
-"""Models that edit: what a request's images, size, true_cfg_scale and seeds become is what diffusers makes of them, to 1/255."""
+"""Models that edit: results match diffusers' to 1/255 for a request's images, size, true_cfg_scale and seeds."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -80,7 +80,7 @@ def test_reference_images_of_other_aspect_ratios_match_diffusers(name: str, load
     for seed, ours, given in ((4, first, sources), (5, second, sources), (4, alone, sources[:1])):
         theirs = pipe(image=list(given), generator=torch.Generator().manual_seed(seed), **known).images[0]
         assert_same(ours, theirs)
-    least = 0 if name == "qwenimage2" else 1  # whose tiny model hardly looks at them
+    least = 0 if name == "qwenimage2" else 1  # whose tiny model hardly depends on them
     assert np.abs(pixels(first) - pixels(alone)).max() > least, "the references count"
     (again,), (swapped,) = drawn(
         pipeline, [asked(pipeline, size, sources, seeds=(5,)), asked(pipeline, size, [sources[0], *sources[:0:-1]], seeds=(4,))]

@@ -1,4 +1,4 @@
-"""The engine's promises, on a fake pipeline with a manual clock, stepped by hand."""
+"""The engine's guarantees, on a fake pipeline with a manual clock; tests make its steps."""
 
 import threading
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def test_no_request_starves() -> None:
 
 
 def test_short_request_does_not_join_batches_that_would_slow_it_down() -> None:
-    """Where a larger call takes longer in proportion, it is not made to share calls with what is not urgent."""
+    """If larger calls take proportionally longer, the request does not share calls with requests that are not urgent."""
     engine, pipeline, clock = make_engine(seconds=lambda rows: 1.0 * rows)
     engine.costs.adopt("m", WarmUp(16, 1000.0, clock).measure("m", pipeline))
     for _ in range(4):
@@ -378,7 +378,7 @@ def test_previews_are_sent_at_the_requested_steps() -> None:
     run_out(engine)
     assert [event.preview is not None for event in curious.events if isinstance(event, Progress)] == [
         False, True, False, True, False, False,
-    ], "the last step is told with the image itself"  # fmt: skip
+    ], "the image itself reports the last step"  # fmt: skip
     assert not any(event.preview for event in plain.events if isinstance(event, Progress))
     assert {state.request.preview_interval for state in pipeline.previewed} == {2}
 

@@ -1,4 +1,4 @@
-"""Estimates are true: over a mixed load, on a device whose calls take what they take by their rows, on a manual clock."""
+"""Accuracy of estimates: over a mixed load, on a device whose calls take the times of their rows, on a manual clock."""
 
 import random
 import statistics
@@ -16,7 +16,7 @@ SHAPES = [Image.new("RGB", size) for size in ((8, 8), (16, 8))]
 FLAT = {1: 0.012, 2: 0.018, 4: 0.034, 8: 0.064, 16: 0.120}
 """Seconds of a call by rows: measured of the demo model on two cores."""
 STEEP = {1: 0.0051, 2: 0.0051, 4: 0.0057, 8: 0.0125, 16: 0.0249}
-"""And about what was published of an H200."""
+"""Roughly the published times of an H200."""
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ def arrivals(rate: float, count: int, seed: int) -> list[Arrival]:
 
 
 def drive(expected: list[Arrival], curve: dict[int, float]) -> None:
-    """Submits each request when it is due, and notes what it was told and what it took."""
+    """Submits each request when it is due, and records its estimate and its duration."""
     clock = Clock()
     pipeline = FakePipeline(clock, lambda rows: curve[min(size for size in curve if size >= rows)], codec_seconds=0.01)
     engine = Engine({"m": pipeline}, QueueLimits(), clock)

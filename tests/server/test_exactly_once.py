@@ -34,7 +34,7 @@ TROUBLES += ["full prepare", "full denoise", "full finish"]
 
 
 class RequestLifecycle(RuleBasedStateMachine):
-    """An engine, what was asked of it, and what became of that."""
+    """An engine, its requests, and their outcomes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Fair queueing: whose job is next, counted and not timed."""
+"""Fair queueing: the order of jobs, counted and not timed."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from img2img_server.support.fair_queue import FairSlots, FairThreads
 
 
 class Stage:
-    """Jobs that end when they are told to."""
+    """Jobs that end on demand."""
 
     def __init__(self, slots: int) -> None:
         self.clock = Clock()

@@ -13,7 +13,7 @@ from img2img_server.engine.scheduler import QueueLimits
 from img2img_server.engine.warmup import WarmUp
 
 CURVE = {1: 0.0051, 2: 0.0051, 4: 0.0057, 8: 0.0125, 16: 0.0249}
-"""Seconds of a call by rows: about what was published of an H200."""
+"""Seconds of a call by rows: roughly the published times of an H200."""
 
 
 class Device:
@@ -41,7 +41,7 @@ class Device:
         self.alive -= type(event).__name__ in ("Completed", "Failed")
 
     def seconds(self, steps: int) -> float:
-        """How long a request of another client takes while the flood goes on."""
+        """The duration of another client's request during the flood."""
         came, done = self.clock.now, list[float]()
 
         def listen(event: Event) -> None:
@@ -70,7 +70,7 @@ def test_latency_does_not_depend_on_another_clients_flood(steps: int, of_flood: 
         took.append([device.seconds(steps) for _ in range(5)])
     few, many, more = (max(times) for times in took)
     assert max(many, more) <= 2 * few + 0.5, "ten or twenty times as many requests do not take it longer"
-    # Half of a device whose calls it may have to itself, and a place among the active first.
+    # Half of a device whose calls it may have alone, after it gets a slot.
     assert more <= 6 * steps * CURVE[2] + 50 * CURVE[16], "and it has its share of the device"
 
 
@@ -130,7 +130,7 @@ def test_eta_beside_shorter_requests_is_accurate() -> None:
     while not caller.endings:
         engine.step()
     assert caller.ticket.forecast is not None
-    # All the others' would be 1.9 times of it. What it leaves out are the calls led by who was passed over for long.
+    # With all of the others' it would be 1.9 times as much. It excludes calls led by requests that were passed over often.
     assert 0.6 < caller.ticket.forecast / (clock.now - begun) < 1.4
     engine.close()
 

@@ -21,7 +21,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Names(AbstractResolver):
-    """A resolver that answers each look-up of a name with its next addresses, the last ones for ever."""
+    """A resolver that returns a name's next addresses for each look-up, and then always the last ones."""
 
     def __init__(self, **answers: Sequence[Sequence[str]]) -> None:
         self._answers = {name.replace("_", "."): list(given) for name, given in answers.items()}

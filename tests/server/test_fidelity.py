@@ -65,7 +65,7 @@ def test_a_text_is_a_level_decibels_or_an_ssim(text: str) -> None:
     assert fidelity_from(message) == TEXTS[text]
     again = pb.TransformRequest()
     put_fidelity(again, str(TEXTS[text]))
-    assert fidelity_from(again) == TEXTS[text], "what a record says is read again"
+    assert fidelity_from(again) == TEXTS[text], "a record can be read again"
 
 
 @pytest.mark.parametrize("text", ["", "best", "dB", "nan", "nandB", "0,9", "fast!"])

@@ -22,7 +22,7 @@ def _parse(*words: str, **variables: str) -> ServerConfig:
 
 
 def _complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What `img2img serve` says, in one line, of words that it must refuse."""
+    """The one-line error of `img2img serve` for invalid arguments."""
     try:
         status = main(["serve", *words])
     except SystemExit as ended:
@@ -116,7 +116,7 @@ def test_client_command_variables_are_not_server_settings() -> None:
 
 
 def test_print_config_loads_nothing_and_its_output_is_valid_input(tmp_path: Path) -> None:
-    """In a fresh process, with models that are not there."""
+    """In a fresh process, with a missing models folder."""
     (tmp_path / "server.toml").write_text('grace = "2m"\n[limits]\nmax_active = 3\n[tls]\n', encoding="utf-8")
     words = ["serve", "--models", "nowhere", "--config", "server.toml", "--print-config"]
     code = (

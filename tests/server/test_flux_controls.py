@@ -116,7 +116,8 @@ def oracle(tiny_model: Get, tiny_controlnet: Get) -> Callable[..., np.ndarray]:
 
 
 def test_mixed_batch_matches_diffusers(bundle: Get, nets: Callable[[str], Companions], oracle: Callable[..., np.ndarray]) -> None:
-    """And what each request draws alone, bit by bit. Requests without controls draw what a pipeline without ControlNets draws."""
+    """Each request gets the bits that it gets alone. Requests without controls get the image of a pipeline without
+    ControlNets."""
     pipeline, plain = load(bundle(BUNDLE), nets("abux")), load(bundle(BUNDLE), None)
     batch = requests()
     drawn = together(pipeline, batch)
@@ -133,8 +134,8 @@ def test_mixed_batch_matches_diffusers(bundle: Get, nets: Callable[[str], Compan
 def test_portrait_and_landscape_images_with_controls_share_calls(
     bundle: Get, nets: Callable[[str], Companions], oracle: Callable[..., np.ndarray]
 ) -> None:
-    """Also those of ControlNets that read latents; one that reads pixels is called for each size. Each request draws the bits
-    that it draws alone."""
+    """Also calls of ControlNets that read latents; one that reads pixels is called for each size. Each request gets the bits that
+    it gets alone."""
     known = nets("ax")
     pipeline = load(bundle(BUNDLE), known)
     mixes, sizes = [MIXES[1], MIXES[1], MIXES[4], MIXES[4], ()], [(96, 64), (64, 96), (96, 64), (64, 96), (64, 96)]
@@ -185,7 +186,7 @@ def pipeline_images(pipeline: SteppedPipeline, request: Request) -> list[np.ndar
 def test_requests_with_controls_loras_both_and_none_share_calls(
     bundle: Get, nets: Callable[[str], Companions], tiny_model: Get, oracle: Callable[..., np.ndarray], tmp_path: Path
 ) -> None:
-    """Each draws the same bits in any company. What both together draw is what diffusers draws."""
+    """Each has the same bits in any batch. The image with both is diffusers'."""
     folder = tmp_path / "loras"
     folder.mkdir()
     pairs = make(tiny_model(MODEL), 1, ("to_q", "to_v", "ff.net.2"), (8,))

@@ -31,7 +31,7 @@ from soak_parts.process import ROOT
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    """A server of two models, one of which may be unloaded, in a folder whose name nobody may learn."""
+    """A server of two models, one of which may be unloaded, in a folder whose name must not be disclosed."""
     with served() as made:
         yield made
 
@@ -43,7 +43,7 @@ def channel(server: Served) -> Iterator[grpc.Channel]:
 
 
 def test_every_reflected_service_is_fuzzed(channel: grpc.Channel) -> None:
-    """By what reflection tells of it."""
+    """The services that reflection lists."""
     call: Any = channel.stream_stream(
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,

@@ -50,7 +50,7 @@ class Lines:
 
 
 class ShapedPipeline(FakePipeline):
-    """Its requests' shape is their prompt, so there are as many shapes as a test wants."""
+    """The shape of a request is its prompt, so a test can have any number of shapes."""
 
     def plan(self, request: Request) -> Plan:
         plan = super().plan(request)
@@ -87,7 +87,7 @@ LOADS = {
     "far deadlines": Load(patience=10_000.0, client=lambda number: f"client {number % 50}"),
 }
 PRESSING = Load(patience=20.0, client=lambda number: f"client {number % 50}")
-"""The deadlines of a seventh begin to press 19.4 s after they came."""
+"""The deadlines of a seventh become urgent 19.4 s after their arrival."""
 
 
 class Filled:
@@ -152,5 +152,5 @@ def test_work_per_step_does_not_grow_with_the_queue_length(load: Load, work: Cal
 
 @pytest.mark.parametrize("work", [Filled.step, Filled.submit_some, Filled.cancel], ids=lambda work: work.__name__)
 def test_work_per_step_does_not_grow_with_urgent_deadlines(work: Callable[[Filled], None]) -> None:
-    """As time has passed, news is due for all. For 400 requests that lasts as long as what is counted."""
+    """Time has passed, so updates are due for all requests. For 400 requests, sending them lasts through the counted steps."""
     check(PRESSING, work, few_waiting=400)

@@ -79,7 +79,7 @@ def test_a_model_of_too_many_files_is_refused(tmp_path: Path, monkeypatch: pytes
      "chat_template.jinja", "added_tokens.json", "tokenizer.4.0.0.json"],
 )  # fmt: skip
 def test_a_file_of_50_gigabytes_is_refused_unread(name: str, tmp_path: Path) -> None:
-    """It is sparse: on the disk it takes nothing."""
+    """It is a sparse file, which takes no disk space."""
     with (tmp_path / name).open("wb") as file:
         file.truncate(50 * 2**30)
     with pytest.raises(BundleError, match=name):
@@ -204,7 +204,7 @@ def test_plausible_sizes_pass(tmp_path: Path) -> None:
 
 
 class Layers(torch.nn.Module):
-    """As many layers as it is told to make, of which it counts those that were made."""
+    """A module of so many layers, which counts the layers that were created."""
 
     made = 0
 

@@ -1,4 +1,4 @@
-"""OpenAI's image API by OpenAI's own client, unchanged, and by plain requests: what is asked and answered."""
+"""OpenAI's image API with OpenAI's own client, unchanged, and with plain requests."""
 
 import base64
 import io
@@ -163,7 +163,7 @@ def test_stream_has_queue_progress_preview_and_result_events(client: openai.Open
     previews = [event for event in events if event.type == "image_edit.partial_image"]
     assert [event.partial_image_index for event in previews] == [0, 1, 2]
     assert [opened(event.b64_json).size for event in previews] == [(4, 4)] * 3
-    assert kinds.count("image_edit.progress") + len(previews) == 20, "each step is told once"
+    assert kinds.count("image_edit.progress") + len(previews) == 20, "each step is reported once"
     done = [event for event in events if event.type == "image_edit.completed"]
     assert kinds[-2:] == ["image_edit.completed"] * 2
     assert [opened(event.b64_json).size for event in done] == [(16, 8)] * 2

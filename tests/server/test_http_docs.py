@@ -41,7 +41,7 @@ def server() -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the programs are run: it has the demo's images."""
+    """The folder in which the programs run: it has the demo's images."""
     folder = tmp_path_factory.mktemp("http")
     (folder / "demo").symlink_to(REPOSITORY / "demo")
     return folder

@@ -193,7 +193,7 @@ HEADS = {
 def test_a_malformed_request_is_refused_in_openais_form(server: RunningServer, name: str) -> None:
     data, status = HEADS[name]
     with connection(server) as made:
-        with contextlib.suppress(ConnectionError):  # it may be refused before all of it is sent
+        with contextlib.suppress(ConnectionError):  # it may be refused while it is being sent
             made.sendall(data)
             made.shutdown(socket.SHUT_WR) if name == "no length" else None
         try:
@@ -250,7 +250,7 @@ def test_slow_clients_do_not_delay_grpc_or_other_http_clients(server: RunningSer
 
 
 def test_client_that_does_not_read_is_disconnected_and_its_model_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answer, three images of noise, is larger than what the kernel buffers."""
+    """Its response, three images of noise, is larger than the kernel's buffers."""
     monkeypatch.setattr(transport, "_BYTES_PER_SECOND", 10**9)
     pipeline = FakePipeline()
     pipeline.native_size = (1024, 1024)
@@ -352,7 +352,7 @@ async def test_connections_are_limited_and_closing_one_frees_a_slot() -> None:
 
 
 def receiving(*messages: bytes, complete: bool = True, then: Callable[[], Any] | None = None) -> Any:
-    """What an ASGI application receives: these parts of a body, then what `then` gives, or nothing for ever."""
+    """The `receive` of an ASGI application: these parts of a body, then the result of `then`, or no message."""
     left = list(messages)
 
     async def receive() -> Any:

@@ -1,4 +1,4 @@
-"""The HTTP front around its requests: tokens, TLS, start and drain, callers who leave, metrics and the log."""
+"""The HTTP front apart from its requests: tokens, TLS, start and drain, disconnected callers, metrics and the log."""
 
 import contextlib
 import logging

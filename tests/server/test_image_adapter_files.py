@@ -227,7 +227,7 @@ def with_config(folder: Path, text: str) -> Manifest:
 @pytest.mark.parametrize("name", ["layers_per_block", "transformer_layers_per_block"])
 @pytest.mark.parametrize("value", [10**12, [10**12]])
 def test_a_configuration_of_more_layers_than_any_model_has_is_refused(name: str, value: object, tmp_path: Path) -> None:
-    """No list of them is made: bundles are listed before their digests are checked."""
+    """No list of them is made, since bundles are listed before their digests are checked."""
     found = kinds_of(tmp_path, with_config(tmp_path, json.dumps(UNET | {name: value})))
     assert found["prompt_kind"] is None
     assert (found["control_kind"] == ()) == (name == "layers_per_block")
@@ -245,7 +245,7 @@ def test_infinite_numbers_in_a_configuration_are_damage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"_class_name": "UNet2DConditionModel", "block_out_channels": []}'])
 def test_a_damaged_configuration_takes_no_image_prompts(text: str, tmp_path: Path) -> None:
-    """The bundle is listed, and loading it says why it does not work."""
+    """The bundle is listed, and loading it reports the problem."""
     assert kinds_of(tmp_path, with_config(tmp_path, text)) == {"control_kind": (), "encoder_widths": None, "prompt_kind": None}
 
 

@@ -40,7 +40,7 @@ def read(file: Path, unet: Any) -> AdapterWeights:
 def test_states_are_the_keys_and_values_that_diffusers_computes(
     name: str, kind: str, dtype: torch.dtype, tiny_model: Get, encoder: Any, tmp_path: Path
 ) -> None:
-    """Of three images, which diffusers reads in one call."""
+    """The prompts of three images, which diffusers reads in one call."""
     unet = UNet2DConditionModel.from_pretrained(tiny_model(name) / "unet")
     adapter = read(write(tmp_path / "one.safetensors", unet, kind, encoder, dtype=dtype), unet)
     with torch.random.fork_rng():
@@ -66,7 +66,7 @@ def test_states_are_the_keys_and_values_that_diffusers_computes(
 
 
 def diffusers_weights(file: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """As load_ip_adapter reads them."""
+    """The values that load_ip_adapter reads."""
     found: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for name, tensor in load_file(file).items():
         part, _, rest = name.partition(".")

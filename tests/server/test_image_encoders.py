@@ -1,4 +1,4 @@
-"""CLIP's image encoder on a server: what it computes, and that it is a model that only other models' requests use."""
+"""CLIP's image encoder on a server: its outputs, and that only other models' requests use it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -66,7 +66,7 @@ def open_encoder(bundle: Path, companions: Companions) -> ImageEncoder:
 
 
 def test_images_are_encoded_as_diffusers_does(encoder: ImageEncoder, tiny_image_encoder: Get, image_encoder_bundle: Get) -> None:
-    """Also its empty image, for both kinds of adapters."""
+    """Also for the empty image, for both kinds of adapters."""
     model = CLIPVisionModelWithProjection.from_pretrained(tiny_image_encoder("h"))
     side = model.config.image_size
     pipe = StableDiffusionImg2ImgPipeline.__new__(StableDiffusionImg2ImgPipeline)
@@ -120,7 +120,7 @@ def test_companions_are_found_by_their_id_and_kind_until_they_are_closed(image_e
 
 @pytest.fixture(scope="module")
 def client(image_encoder_bundle: Get, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """Of a server of two image encoders, of which none is loaded at start."""
+    """A client of a server with two image encoders, neither loaded at start."""
     models = tmp_path_factory.mktemp("models")
     for name, letter in {"clip": "h", "wide": "g"}.items():
         (models / name).symlink_to(image_encoder_bundle(letter))

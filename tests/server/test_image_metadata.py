@@ -65,7 +65,7 @@ def in_webp(exif: bytes) -> bytes:
 
 
 def in_tiff(*entries: bytes, big_endian: bool = False) -> bytes:
-    """An uncompressed TIFF whose directory has these entries too."""
+    """An uncompressed TIFF with these additional directory entries."""
     order = ">" if big_endian else "<"
     pixels = image().tobytes()
     tags = {256: SIZE[0], 257: SIZE[1], 259: 1, 262: 2, 273: 8, 277: 3, 278: SIZE[1], 279: len(pixels)}

@@ -124,7 +124,7 @@ def shown(uses: tuple[ImagePromptUse, ...]) -> list[tuple[str, str, float, list[
 
 
 def squares(side: int, *images: Image.Image) -> list[bytes]:
-    """As the image encoder itself would make them."""
+    """The same squares that the image encoder itself would make."""
     return [centered_square(image, side).tobytes() for image in images]
 
 
@@ -282,7 +282,7 @@ def test_the_first_request_with_an_image_prompt_opens_the_control_graph(
 
 
 def test_a_token_needs_the_image_encoder_among_its_models(folder: Path, pipeline: FakePipeline, tmp_path: Path) -> None:
-    """As it needs a ControlNet."""
+    """In the same way as it needs a ControlNet."""
     tokens = tmp_path / "tokens.json"
     few, enough = grant(tokens, "few", models=("m",)), grant(tokens, "enough", models=("m", "vit"))
     with (

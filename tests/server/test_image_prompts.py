@@ -174,7 +174,7 @@ def matches(image: np.ndarray, expected: np.ndarray) -> bool:
 def test_mixed_batch_matches_diffusers(
     name: str, count: int, model: Callable[..., Model], oracle: Callable[..., np.ndarray]
 ) -> None:
-    """And what each request draws alone, bit by bit."""
+    """Each request gets the bits that it gets alone."""
     known = model(name)
     batch = known.requests(MIXES[:count])
     drawn = together(known.pipeline, batch)
@@ -229,7 +229,7 @@ def test_masked_requests_match_diffusers(model: Callable[..., Model], oracle: Ca
 
 
 def test_all_images_of_a_request_have_its_image_prompts(model: Callable[..., Model]) -> None:
-    """Each is what its seed draws alone."""
+    """Each is the image of its seed alone."""
     known = model("sd1")
     (request,) = known.requests(MIXES[2:3])
     images = run_alone(known.pipeline, dataclasses.replace(request, seeds=(7, 8)))
@@ -240,7 +240,7 @@ def test_all_images_of_a_request_have_its_image_prompts(model: Callable[..., Mod
 def test_requests_with_loras_controls_image_prompts_and_none_share_calls(
     model: Callable[..., Model], oracle: Callable[..., np.ndarray], tiny_model: Get, tiny_controlnet: Get, tmp_path: Path
 ) -> None:
-    """Each draws the same bits in any company. What all three together draw is what diffusers draws."""
+    """Each has the same bits in any batch. The image with all three is diffusers'."""
     folder = tmp_path / "loras"
     folder.mkdir()
     pairs = make(tiny_model("sd1"), 1, ("to_q", "to_v", "ff.net.2"), (8,))
@@ -323,7 +323,7 @@ def test_images_are_encoded_again_by_another_version_of_the_image_encoder(
 def test_images_are_encoded_once_for_all_requests_of_a_scope(
     model: Callable[..., Model], adapters: Get, encoded: Counted, tmp_path: Path
 ) -> None:
-    """What was made of an image stays, even without the adapter's file."""
+    """The prepared image prompt stays in the cache, even without the adapter's file."""
     shutil.copytree(adapters("sd1"), tmp_path / "own")
     known = model("sd1", tmp_path / "own")
     batch = known.requests([MIXES[4], MIXES[1], MIXES[4]])

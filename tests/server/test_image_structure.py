@@ -100,7 +100,7 @@ def test_tiff_directory_beyond_the_file_is_damage(order: str, start: int) -> Non
 
 @pytest.mark.parametrize("count", [structure.MAX_SCANS - 12, structure.MAX_SCANS + 1])
 def test_progressive_jpeg_scans_are_limited(count: int) -> None:
-    """Those of a real progressive JPEG, ten or fewer of gray, and so many more."""
+    """The scans of a real progressive JPEG, ten or fewer of gray, and so many more."""
     data = image_bombs.jpeg_scans(count, (64, 64))
     if count > structure.MAX_SCANS:
         with pytest.raises(InvalidField, match="more than 100 scans"):

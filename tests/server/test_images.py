@@ -1,4 +1,4 @@
-"""Every mode and format of image comes out upright, in RGB; what is wrong is named."""
+"""Every mode and format of image is decoded upright, in RGB; errors name the problem."""
 
 import base64
 import io
@@ -53,7 +53,7 @@ def white_right() -> Image.Image:
     return image
 
 
-# What is saved, the file format, what must come out, and by how much (0 to 255) the format may change it.
+# The saved image, the file format, the expected pixels, and their tolerance (0 to 255).
 CASES: dict[str, tuple[Callable[[], Image.Image], str, Callable[[], Image.Image], int]] = {
     "RGB": (sample, "PNG", sample, 0),
     "1": (

@@ -15,9 +15,8 @@ ASKING, STEP = 0.01, 1.0
 
 
 class Device(FakePipeline):
-    """A pipeline whose calls are only asked for: the device does them one after the other, each in `STEP` seconds of the clock.
-
-    `log` has what was asked, waited for and told, in order."""
+    """A pipeline whose calls are asynchronous: the device runs them in order, each in `STEP` seconds of the clock. `log` has the
+    submitted calls, waits and events, in order."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock, lambda rows: ASKING)

@@ -149,7 +149,7 @@ def as_tensors(float_kind: Any, int_kind: Any) -> list[Any]:
 
 
 def asked_of(pipeline: FakePipeline) -> object:
-    """What the engine was asked for last, but for its name."""
+    """The engine's last request, without its name."""
     return dataclasses.replace(pipeline.prepared[-1].request, id="")
 
 
@@ -185,7 +185,7 @@ class StandIns(Loaded):
 
 
 def test_image_is_the_same_as_through_img2img_v1(tmp_path: Path) -> None:
-    """By a stand-in whose images every setting changes."""
+    """With a fake model whose images depend on every setting."""
     source = Image.effect_noise((32, 24), 80).convert("RGB")
     source.save(tmp_path / "source.png")
     data, wanted = (tmp_path / "source.png").read_bytes(), expected(source, "a lake", 11, 6)
@@ -281,7 +281,7 @@ BAD: dict[str, tuple[list[Any], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_names_its_tensor_or_parameter(name: str, client: Any, stub: Any, pipeline: FakePipeline) -> None:
-    """In the text, which is all that Triton's client gives, and in the details."""
+    """In the text, the only part that Triton's client passes on, and in the details."""
     inputs, asked, field = BAD[name]
     status, told = refused(lambda: client.infer("m", inputs, parameters=asked))
     assert (status, told.partition(": ")[0]) == ("INVALID_ARGUMENT", field)

@@ -30,7 +30,7 @@ def rows(heading: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the programs are run: it has the demo's images, and a model of its name."""
+    """The folder in which the programs run: it has the demo's images, and the server has a model of its name."""
     folder = tmp_path_factory.mktemp("kserve")
     (folder / "demo").symlink_to(REPOSITORY / "demo")
     plant(folder / "models", "demo")

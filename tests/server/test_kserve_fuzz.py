@@ -108,7 +108,7 @@ def channel(server: RunningServer) -> Iterator[grpc.Channel]:
 
 
 def check(code: grpc.StatusCode, error: Any) -> None:
-    """A documented status, of a bounded text that tells nothing of the server, with the details of its reason."""
+    """A documented status with a bounded text that discloses no internals, and the details of its reason."""
     assert code in STATUSES, f"{code.name}: {error.details() if error else ''}"
     if error is None:
         return

@@ -36,7 +36,7 @@ def test_timeout_cancels_the_request(limits: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_unmeetable_timeout_is_refused_at_once(tmp_path: Path) -> None:
-    """By what is known of the model's calls, as a deadline would be."""
+    """By the model's measured costs, as for a deadline."""
     settings = {"num_inference_steps": 100, "strength": 1.0}
     request = triton._utils._get_inference_request("m", [image_input()], "", "", None, 0, False, False, 0, 500_000, settings)
     with (

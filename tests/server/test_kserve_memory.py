@@ -76,7 +76,7 @@ def test_a_refused_requests_image_is_freed_at_once(name: str, stream: bool, tmp_
                 assert told.get(timeout=120) is not None
             else:
                 refused(lambda: client.infer("m", [image_input(data), *inputs]))
-        # An answer is sent before the last frames are left: one that comes after it finds them gone.
+        # A response is sent before the last frames return; a later request finds them freed.
         assert client.infer("m", [image_input()], parameters={"num_inference_steps": 2})
         assert held() == []
 
@@ -113,7 +113,7 @@ async def test_ended_stream_frees_its_unread_responses(broken: bool) -> None:
 
 
 async def test_large_tensor_is_parsed_off_the_event_loop() -> None:
-    """Each value of this one is a number of its own."""
+    """Each value of this message is a separate number."""
     request = service_pb2.ModelInferRequest(model_name="m")
     tensor = request.inputs.add(name="image_pixels", datatype="UINT8", shape=[64, 64, 3])
     tensor.contents.uint_contents.extend([0] * (64 * 64 * 3 - 1) + [256])

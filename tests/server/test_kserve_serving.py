@@ -1,4 +1,4 @@
-"""KServe at a whole server: where it is on, who may use it, over TLS, while it drains, and without what it needs."""
+"""KServe on a complete server: enabling it, tokens, TLS, drain, and missing packages."""
 
 import os
 import queue

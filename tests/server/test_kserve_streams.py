@@ -78,7 +78,7 @@ def test_plain_request_gets_one_final_response(stream: Stream) -> None:
     assert (response.id, response.model_name, parameters(response)["triton_final_response"]) == ("a", "m", True)
     assert (opened(result).size, result.as_numpy("seed").tolist()) == ((24, 16), [4])
     stream.ask("b")
-    assert stream.finals(1) == ["b"], "no empty response follows one that says that it is final"
+    assert stream.finals(1) == ["b"], "no empty response follows the one marked as final"
 
 
 def test_progress_is_sent_on_request(stream: Stream) -> None:
@@ -148,7 +148,7 @@ def test_a_timeout_ends_a_request_and_not_its_stream(tmp_path: Path) -> None:
 
 
 def test_a_stream_of_many_requests_answers_each(stream: Stream) -> None:
-    """Of more than may be in progress at once."""
+    """Streams more requests than may be in progress at once."""
     for number_ in range(150):
         stream.ask(str(number_), parameters={"num_inference_steps": 2})
     assert sorted(stream.finals(150), key=int) == [str(number_) for number_ in range(150)]
@@ -215,7 +215,7 @@ def test_a_full_queue_refuses_a_request_of_a_stream(tmp_path: Path) -> None:
 
 
 def test_each_stream_request_counts_against_the_tokens_limits(tmp_path: Path) -> None:
-    """And the stream itself is none: one call in progress is one request in progress."""
+    """The stream itself is no request: one call in progress is one request in progress."""
     path = tmp_path / "tokens.toml"
     secrets = {
         "one at a time": grant(path, "alice", concurrency=1),

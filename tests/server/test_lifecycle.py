@@ -36,14 +36,14 @@ def _drain(process: Process, channel: grpc.Channel, number: signal.Signals) -> N
 
 
 def test_second_signal_ends_running_requests_at_once(start: Callable[..., Process], bundle: Callable[[str], Path]) -> None:
-    """A real model, in the middle of a request that would take a while yet."""
+    """With a real model, in the middle of a long request."""
     process = start(*MODULE, str(bundle("demo")))
     with process.channel() as channel:
         events = _events(channel, num_inference_steps=100, strength=1.0, width=256, height=256, image_count=4)
         while next(events).WhichOneof("event") != "progress":
             pass
         _drain(process, channel, signal.SIGTERM)
-        while next(events).WhichOneof("event") != "progress":  # what runs goes on
+        while next(events).WhichOneof("event") != "progress":  # running requests continue
             pass
         process.popen.send_signal(signal.SIGINT)
         code, details = failure(lambda: list(events))

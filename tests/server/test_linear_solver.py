@@ -19,13 +19,13 @@ from torch_operations import Counting
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
-# Relative to the greatest number of the trajectory. The worst is Heun at 2 steps, where diffusers itself subtracts numbers
+# Relative to the greatest number of the trajectory. The worst is Heun at 2 steps, for which diffusers itself subtracts numbers
 # that are nearly the same and divides by the last sigma; most are below 2e-6.
 TOLERANCE = 2e-5
 
 SEEDS = (11, 12)
 
-# One name of those that mean the same to a model whose own scheduler sets nothing: what is false is diffusers' default.
+# One name for each class and settings; settings that are false are diffusers' defaults.
 DISTINCT = {
     (class_name, *sorted((key, value) for key, value in overrides.items() if value)): name
     for name, (class_name, overrides) in NAMES.items()
@@ -45,7 +45,7 @@ def torch_as_the_pipelines_call_it() -> Iterator[None]:
 
 
 def scheduled(scheduler: Any, steps: int, start: int) -> tuple[Any, torch.Tensor]:
-    """As StableDiffusionImg2ImgPipeline.get_timesteps does it."""
+    """The same as StableDiffusionImg2ImgPipeline.get_timesteps."""
     scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start * scheduler.order)
@@ -82,7 +82,7 @@ def first_latents(rows: int = 2, seed: int = 5) -> torch.Tensor:
 
 
 def diffusers_steps(scheduler: Any, timesteps: Any, latents: torch.Tensor, draws: list[torch.Generator]) -> list[torch.Tensor]:
-    """As the pipelines' loop does it, prepare_extra_step_kwargs included."""
+    """The same as the pipelines' loop, including prepare_extra_step_kwargs."""
     scheduler = copy.deepcopy(scheduler)
     accepted = inspect.signature(scheduler.step).parameters
     arguments = {name: value for name, value in {"eta": 0.0, "generator": draws}.items() if name in accepted}
@@ -206,7 +206,7 @@ class Elsewhere(DDIMScheduler):  # type: ignore[misc]
 
 
 class Hiding(DDIMScheduler):  # type: ignore[misc]
-    """Remembers where nobody looks."""
+    """Has hidden state."""
 
     def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
         kept = self.__dict__.setdefault("kept", {"sum": torch.zeros_like(sample)})

@@ -24,7 +24,7 @@ from soak_parts.hostile import WATCH, unread, watch_of
 
 @pytest.fixture
 def log() -> Iterator[io.StringIO]:
-    """What the server's own handler writes."""
+    """The output of the server's own handler."""
     written, handler = io.StringIO(), _Handler(TextFormatter())
     handler.setStream(written)
     root = logging.getLogger()

@@ -29,7 +29,7 @@ CALL = Call("/img2img.v1.ModelService/ListModels", "r-17", client="studio")
 
 
 class Lines(logging.Handler):
-    """Keeps what a formatter makes of each record, from DEBUG on."""
+    """Keeps the formatted records, from DEBUG on."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
@@ -179,7 +179,8 @@ def test_each_call_logs_one_line_with_the_callers_request_id(lines: list[dict[st
 
 
 def test_error_is_logged_with_the_callers_request_id(lines: list[dict[str, Any]]) -> None:
-    """In the trailing metadata, in the ErrorInfo, in the line of the call, and in what the engine's thread says of the cause."""
+    """In the trailing metadata, in the ErrorInfo, in the log line of the call, and in that of the engine's thread about the
+    cause."""
     with (
         running(lambda: store(m=FakePipeline())) as server,
         grpc.insecure_channel(f"localhost:{server.port}") as channel,

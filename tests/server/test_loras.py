@@ -177,7 +177,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, bundle: Get, loras: Get) ->
 def test_mixed_batch_matches_diffusers(
     name: str, bundle: Get, loras: Get, oracle: Callable[[str, Loras, int], np.ndarray]
 ) -> None:
-    """And what each request draws alone, bit by bit. Rows without a LoRA are those of a pipeline that opened no LoRA graph.
+    """Each request gets the bits that it gets alone. Rows without a LoRA are those of a pipeline that opened no LoRA graph.
 
     Graphs of tokens differ in their last bits between numbers of rows, with LoRAs and without.
     """
@@ -263,8 +263,8 @@ def slot_bytes_of(module: Any) -> int:
 
 
 def test_slots_count_in_the_memory_of_a_model_once_they_are_made(bundle: Get, loras: Get) -> None:
-    """And are made for each padded rank apart; those of 3 x 3 convolutions are hardly any if no LoRA adapts these. Those
-    of the least rank count in what the model is expected to take, from the start."""
+    """Slots are made separately for each padded rank; slots for 3 x 3 convolutions are tiny if no LoRA adapts these. The slots of
+    the smallest rank count in the expected memory of the model from the start."""
     folder = loras("sd1")
     pipeline = load(bundle("sd1"), folder, slots=2)
     least = least_slots(pipeline)
@@ -286,7 +286,7 @@ def test_slots_count_in_the_memory_of_a_model_once_they_are_made(bundle: Get, lo
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_call_with_more_loras_than_slots_is_split(slots: int, bundle: Get, loras: Get) -> None:
-    """Whatever the division, the images are the same bits."""
+    """The images have the same bits with any division."""
     expected = together(load(bundle("sd1"), loras("sd1")), requests(loras("sd1")))
     pipeline = load(bundle("sd1"), loras("sd1"), slots)
     plain, lora = counted(pipeline)
@@ -535,7 +535,7 @@ def test_trainer_layer_names_map_to_transformer_layer_names(
 
 
 def test_layers_that_diffusers_would_leave_out_are_refused_by_name(tmp_path: Path) -> None:
-    """It drops those of a T5 without an error; zeros change nothing."""
+    """It drops the layers of a T5 without an error; zeros have no effect."""
     known = pair("lora_unet_double_blocks_0_img_attn_proj", 8, 8)
     t5 = pair("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 8, 8)
     with pytest.raises(AdapterProblem, match=r"^adapts lora_te3_encoder_block_0_layer_0_SelfAttention_q, which LoRAs for Flux"):

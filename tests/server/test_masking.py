@@ -129,7 +129,7 @@ def test_a_preview_shows_the_source_outside_the_mask(pipeline: Any) -> None:
 def test_masked_sources_of_requests_that_arrive_together_are_encoded_in_one_call(
     bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And again for none: they are cached by source and mask."""
+    """A second request encodes none: they are cached by source and mask."""
     pipeline: Any = load_pipeline(bundle("sd-inpaint"), read_manifest(bundle("sd-inpaint")), Execution("cpu"), Cache(2**24))
     rows, encode = [], pipeline._encoder._encode_pixels
 

@@ -84,7 +84,7 @@ def asked(image: Image.Image, mask: Image.Image | None, size: tuple[int, int] = 
 
 
 def expected(pipe: Any, image: Image.Image, mask: Image.Image, seed: int, **settings: Any) -> Image.Image:
-    """What diffusers makes, whose classes take their size from the source."""
+    """diffusers' result; its classes take their size from the source."""
     if type(pipe).__name__ == "Flux2KleinInpaintPipeline":
         settings.pop("guidance_scale", None)
     generator = torch.Generator().manual_seed(seed)

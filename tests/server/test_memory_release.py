@@ -12,8 +12,8 @@ from covering import nightly_but
 
 _CYCLES = 6
 _GROWTH = {"sd1": 10 * 2**20, "demo": 10 * 2**20, "sana-sprint": 40 * 2**20}
-"""Bytes from the second cycle to the last that are malloc's doing and no leak. In PyTorch 8 to 26 MB were seen, up and down; the
-model itself is 75 MB, so what kept a quarter of it each time would show."""
+"""Growth in bytes from the second cycle to the last that is malloc's and no leak. In PyTorch 8 to 26 MB were seen, up and down;
+the model itself has 75 MB, so a leak of a quarter of it in each cycle would be detected."""
 
 _SCRIPT = """
 import asyncio, gc, json, sys, weakref

@@ -88,7 +88,7 @@ def test_unknown_methods_share_one_label() -> None:
 def test_client_label_has_token_names_but_no_addresses() -> None:
     metrics = Metrics()
     for number in range(100):
-        metrics.ended(record(host=f"10.0.0.{number}", client=f"10.0.0.{number}"), 1.0)  # nobody needs a token
+        metrics.ended(record(host=f"10.0.0.{number}", client=f"10.0.0.{number}"), 1.0)  # no token is needed
     metrics.ended(record(host="10.0.0.1", client="studio"), 1.0)
     metrics.ended(record(host="10.0.0.2", client=""), 1.0)  # not admitted
     assert labels_of(metrics, "img2img_requests_total", "client") == {"", "studio"}

@@ -190,7 +190,7 @@ def test_servers_in_one_process_have_separate_metrics() -> None:
 
 
 def test_served_metrics_match_their_descriptions(server: RunningServer, stub: ImageToImageServiceStub) -> None:
-    """Every family, its kind and its labels, and none that is not there. A GPU's memory is the exception: here is none."""
+    """Every family with its kind and labels, and no others. The exception is a GPU's memory, since there is no GPU here."""
     stub.Transform(request())
     described = {about.name: about for about in (*COUNTED, *ASKED, *PROCESS)}
     served = scrape(port_of(server))

@@ -179,7 +179,7 @@ def test_unknown_or_outside_models_are_not_found(folder: Path, tmp_path: Path) -
 
 
 def test_callers_see_and_use_only_their_allowed_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if each call brought the token of one who may use b, and load nothing."""
+    """As if each call had a token that allows model b, but not loading."""
 
     @contextmanager
     def admitted(self: Access, call: Call, metadata: object) -> Iterator[Call]:

@@ -1,4 +1,4 @@
-"""Text encoders whose weights stay in host memory compute what they compute otherwise, and take no memory of the device."""
+"""Text encoders whose weights stay in host memory have the same outputs, and take no device memory."""
 
 import copy
 from collections.abc import Callable
@@ -97,7 +97,7 @@ def test_image_is_the_one_without_offload(bundle: Get) -> None:
 
 
 def test_graphs_of_text_encoders_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In host memory, whichever graph of them it is; those of other components do not."""
+    """In host memory, for every graph of a text encoder, and for no graph of other components."""
     opened: dict[str, SessionOptions] = {}
 
     class Session:

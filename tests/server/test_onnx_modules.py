@@ -30,7 +30,7 @@ Shape = Sequence[int | str]
 
 
 def save_graph(path: Path, inputs: dict[str, tuple[int, Shape]], kinds: dict[str, int] | None = None) -> Path:
-    """A graph that gives each input back as `out_NAME`, in the type that `kinds` says, else in the input's."""
+    """A graph that returns each input as `out_NAME`, in the type in `kinds`, otherwise in the input's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kinds = {name: (kinds or {}).get(name, kind) for name, (kind, _) in inputs.items()}
     graph = helper.make_graph(
@@ -70,7 +70,7 @@ def test_graph_input_without_a_torch_dtype_is_refused(tmp_path: Path) -> None:
 
 
 class Recorder:
-    """In a graph's place: notes what it is given."""
+    """Replaces a graph: records its inputs."""
 
     def __init__(self, *scalars: str) -> None:
         self.scalars = frozenset(scalars)
@@ -172,7 +172,7 @@ def test_a_text_encoder_has_at_least_the_layers_of_its_states_and_no_absurd_numb
 
 @pytest.mark.parametrize("make", [OnnxTextEncoder, OnnxDenoiser, OnnxVae])
 def test_onnx_modules_implement_the_torch_module_interface(tmp_path: Path, make: Callable[..., OnnxModule]) -> None:
-    """diffusers, accelerate and transformers ask any of it: diffusers 0.41 began to look for hooks in `modules()`."""
+    """diffusers, accelerate and transformers use any of it: diffusers 0.41 began to look for hooks in `modules()`."""
     graph: Any = Recorder()
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     graphs = (graph, graph) if make is OnnxVae else (graph,)
@@ -200,7 +200,7 @@ def test_the_fused_graph_is_tried_first_on_cuda(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Where no CUDA is: sessions are opened on the CPU, and say so in their own test."""
+    """Without CUDA: sessions are opened on the CPU; their own test covers the log."""
     folder = tmp_path / "sd1"
     shutil.copytree(bundle("sd1"), folder)
     shutil.copytree(folder / "unet", folder / "unet_fused")

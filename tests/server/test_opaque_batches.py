@@ -150,7 +150,7 @@ def test_failed_batch_is_rerun_and_only_failing_requests_fail() -> None:
     callers = serve(whole()[0], requests)
     assert [type(caller.error) for caller in callers] == [type(None), ModelFailed, type(None)]
     assert [colours(callers[0]), colours(callers[2])] == alone(requests[0], requests[2])
-    assert callers[0].steps == sorted(set(callers[0].steps)), "steps that are run again are not told again"
+    assert callers[0].steps == sorted(set(callers[0].steps)), "repeated steps are not reported again"
 
 
 def test_request_alone_in_its_call_is_not_affected_by_a_failing_one() -> None:

@@ -93,7 +93,7 @@ def pipeline(torch_bundle: Path) -> Any:
 
 
 def test_size_multiple_fits_the_unets_downsampling(pipeline: OpaquePipeline) -> None:
-    """Kandinsky's UNet doesn't fit what it samples up to what it sampled down, once in the tiny model."""
+    """At odd sizes the upsampled states of Kandinsky's UNet do not fit the downsampled ones, even in the tiny model."""
     assert pipeline.size_multiple == 16
     (image,) = run_alone(pipeline, request(image=source((80, 48))))
     assert image.size == (80, 48)
@@ -125,7 +125,7 @@ def test_interleaved_requests_give_the_same_images_as_alone(pipeline: OpaquePipe
     assert order.index(2) < len(order) - 1 - order[::-1].index(0), "the third had begun before the first was done"
     assert sorted(images) == [0, 1, 2]
     for index, image in images.items():
-        # Two of them share a call, and sums of other lengths are rounded otherwise.
+        # Two of them share a call, and sums of other lengths are rounded differently.
         assert np.abs(np.asarray(image, int) - np.asarray(alone[index], int)).max() <= 1
     assert pipeline_threads() == []
 
@@ -171,7 +171,7 @@ def test_stepper_runs_only_between_resume_and_pause() -> None:
 
 
 def test_consecutive_runs_use_one_thread() -> None:
-    """What torch.compile records for a GPU belongs to a thread. Runs at the same time have one each."""
+    """torch.compile's recordings for a GPU belong to a thread. Concurrent runs have one thread each."""
     threads: list[int] = []
 
     def call(run: Stepper) -> list[Image.Image]:
@@ -226,7 +226,7 @@ def test_run_can_be_abandoned_before_its_start() -> None:
 @pytest.mark.parametrize("pieces", [0, 1, 2])
 @pytest.mark.parametrize("problem", [None, RuntimeError("told to")])
 def test_ended_call_is_freed_without_garbage_collection(pieces: int, problem: Exception | None) -> None:
-    """Whether it never began, was cut short or came to its end: its images do not wait for the garbage collector."""
+    """Whether it never began, was cancelled or finished: its images are freed without the garbage collector."""
 
     def draw(call: SharedCall) -> list[Image.Image]:
         call.pause()

@@ -155,7 +155,7 @@ def test_transformer_image_matches_diffusers(client: Client, oracle: Callable[[s
     settings = {**CASES[case], "size": (width, height)}
     images = _transform(client, model, settings, 1234, "a lake at sunset with mountains")
     # Their pipelines draw several images of one source with the wrong generators, or not at all, and an image of their own size
-    # unless they are told.
+    # unless requested.
     alone = {name: value for name, value in settings.items() if name != "image_count"} | {"width": width, "height": height}
     for number, image in enumerate(images):
         assert_same([image], _expected(oracle(model), alone, 1234 + number, "a lake at sunset with mountains"))

@@ -1,4 +1,4 @@
-"""With a mask, what comes out of the server is what diffusers' inpainting pipelines give for the same seed, to 1/255.
+"""With a mask, the server's image is that of diffusers' inpainting pipelines for the same seed, to 1/255.
 
 The oracle is AutoPipelineForInpainting on the same model, in the same test. Each case goes the whole way: client, gRPC, engine,
 ONNX Runtime, PNG. Each of several images is the one that diffusers makes alone: with several, diffusers samples the source's
@@ -103,7 +103,7 @@ FULL: Settings = {"strength": 1.0, "num_inference_steps": 4, "guidance_scale": 4
 
 
 def expected(pipe: Any, mask: Image.Image, settings: Settings, seed: int, pasted: bool, count: int = 1) -> list[Image.Image]:
-    """Each image as diffusers makes it alone."""
+    """diffusers' images, each made alone."""
     images, image = [], source()
     if type(pipe).__name__ == "ZImageInpaintPipeline":  # resizes nothing
         image = image.resize(SIZE, Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Where memory runs out: what is recognized, and what the engine does about it, on a fake pipeline stepped by hand."""
+"""Out of memory: the recognized errors, and the engine's reaction, on a fake pipeline whose steps the test makes."""
 
 import weakref
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_request_that_exceeds_memory_alone_fails_without_side_effects(where: str
 
 @pytest.mark.parametrize("stage", ["prepare", "finish"])
 def test_encoding_and_decoding_are_split_on_out_of_memory(stage: str) -> None:
-    """Of requests that have room in one call of the model: a VAE may want more memory for an image than a step does."""
+    """For requests that fit into one call of the model: a VAE may need more memory for an image than a step does."""
     engine, pipeline, _ = make_engine(QueueLimits(max_admitted=4))
     calls: list[int] = []
 
@@ -112,7 +112,7 @@ def test_batch_size_that_exceeded_memory_is_retried_rarely() -> None:
 
 @pytest.mark.parametrize("arena", [True, False])
 def test_onnx_runtime_out_of_memory_error_is_recognized(tmp_path: Path, arena: bool) -> None:
-    """A real one, of a tensor of 4 TiB: what it says with an arena, as CUDA has one, and without."""
+    """A real error, of a tensor of 4 TiB: its texts with an arena, as on CUDA, and without."""
     graph = helper.make_graph(
         [helper.make_node("Expand", ["x", "shape"], ["y"])],
         "large",
@@ -172,7 +172,7 @@ class Keeper:
 
 @pytest.fixture
 def keepers(monkeypatch: pytest.MonkeyPatch) -> list[Keeper]:
-    """Two of the model "a", one of "b", on a GPU that is not there."""
+    """Two pipelines of the model "a", one of "b", on a fake GPU."""
     made = [Keeper("a"), Keeper("a"), Keeper("b")]
     monkeypatch.setattr(out_of_memory, "KEEPERS", made)
     monkeypatch.setattr(out_of_memory, "_given_back", {})

@@ -38,7 +38,8 @@ FAULTS = [RuntimeError("a bug"), _grpc_error(grpc.StatusCode.INTERNAL)]
 
 
 class Response:
-    """What a handle gives for a call: its answers one by one, or awaited the last of them. None among them never comes."""
+    """The result of a handle's call: its responses one by one, or the last one if awaited. None stands for a response that never
+    arrives."""
 
     def __init__(self, answers: list[Any]) -> None:
         self.answers, self.cancelled = answers, False
@@ -55,7 +56,7 @@ class Response:
             yield answer
 
     async def _fetch_replica_results_async(self) -> list["Response"]:
-        """Of a broadcast: what each of the replicas gives."""
+        """The response of each replica to a broadcast."""
         return [Response([answer]) for answer in self.answers]
 
     async def get_async(self) -> Any:
@@ -69,7 +70,7 @@ class Response:
 
 
 class Handle:
-    """A handle whose next call gives this response."""
+    """A handle whose next call returns this response."""
 
     def __init__(self, *answers: Any) -> None:
         self.response, self.called = Response(list(answers)), asyncio.Event()

@@ -1,4 +1,4 @@
-"""Fronts over applications on one real Ray cluster: the whole contract, a replica that is killed, and nothing left behind.
+"""Fronts over applications on one real Ray cluster: the whole contract, a killed replica, and no remaining processes.
 
 The first front starts the cluster. Each is a process of its own, as `img2img serve --engine ray` is; the devices only sleep.
 """
@@ -35,7 +35,7 @@ from simulated_device import SimulatedDevice
 pytestmark = pytest.mark.alone
 
 CORES = {"num_cpus": 0.25}
-"""Of each replica: two applications of two fit into what any machine has."""
+"""Cores of each replica: two applications of two replicas fit into any machine."""
 SLOW = {"seconds": 0.1, "more": 0.1, "models": ["m", "n"]}
 QUICK = {"seconds": 0.01, "models": ["m", "n"]}
 SCALED = {"min_replicas": 1, "max_replicas": 2, "upscale_delay": 0.0, "target_queued_seconds": 1.0, **CORES}
@@ -47,7 +47,7 @@ _MARK = "IMG2IMG_TEST_RUN"
 
 
 def _until(what: str, done: Callable[[], bool], seconds: float = 120.0, left: Callable[[], object] = str) -> None:
-    """Waits for what other processes come to in their own time. A failure shows what is `left`."""
+    """Waits for a state of other processes. A failure shows `left`."""
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, f"never happened: {what} {left()}"
@@ -55,7 +55,7 @@ def _until(what: str, done: Callable[[], bool], seconds: float = 120.0, left: Ca
 
 
 def _processes(mark: str) -> list[psutil.Process]:
-    """All processes that have this mark in their environment, whoever started them."""
+    """All processes with this mark in their environment."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -86,7 +86,7 @@ class Ground:
 @pytest.fixture(scope="module")
 def ground() -> Iterator[Ground]:
     mark = uuid.uuid4().hex
-    # Not in this process' environment: what the tests start themselves, such as codec processes, is not of the cluster.
+    # Not in this process's environment: the tests' own children, such as codec processes, do not belong to the cluster.
     with front(SCALED, SLOW, variables={_MARK: mark}) as first:
         (line,) = (line for line in first.log.read_text().splitlines() if "Ray cluster at " in line)
         yield Ground(first, line.split("Ray cluster at ")[1].split(";")[0], mark)
@@ -126,7 +126,7 @@ def asked(number: int, **fields: Any) -> pb.TransformRequest:
 
 
 def follow(stub: ImageToImageServiceStub, message: pb.TransformRequest) -> pb.TransformResponse:
-    """Streams a request, and checks that what is told of it is one life."""
+    """Streams a request, and checks that its events are one complete sequence."""
     events = list(stub.TransformStream(pb.TransformStreamRequest(request=message)))
     kinds = [event.WhichOneof("event") for event in events]
     assert [kind for kind, _ in itertools.groupby(kinds)] == ["queued", "started", "progress", "completed"]
@@ -196,7 +196,7 @@ def test_a_wrong_field_is_named(stub: ImageToImageServiceStub) -> None:
 
 
 def test_replica_refuses_an_unmeetable_deadline_with_the_estimate(stub: ImageToImageServiceStub) -> None:
-    for number in range(8):  # until both have learnt what a step takes
+    for number in range(8):  # until both have measured a step
         stub.Transform(asked(number, num_inference_steps=20, strength=1.0))
     with pytest.raises(grpc.RpcError) as caught:
         stub.Transform(request(num_inference_steps=FOR_EVER, strength=1.0), timeout=60)
@@ -263,7 +263,7 @@ def test_front_process_loads_neither_torch_nor_onnxruntime(served: FrontProcess)
 def test_shared_application_outlives_the_front_that_deployed_it(ground: Ground, served: FrontProcess) -> None:
     ray = {**PAIR, "address": ground.address, "spread_after": 7.0}
     with front(ray, QUICK, SETTINGS) as other:
-        # The later one uses the application as it is, and says in what it differs.
+        # The later one uses the application unchanged, and logs the differing settings.
         assert "ray_spread_after is 30.0 there, not 7.0" in other.log.read_text()
         assert _models(served.target) == _models(other.target) == _models(ground.first.target) == ["m", "n"]
         data = _image_bytes()
@@ -276,7 +276,7 @@ def test_shared_application_outlives_the_front_that_deployed_it(ground: Ground, 
 
 
 def test_front_that_started_the_cluster_stops_every_ray_process(ground: Ground) -> None:
-    """The last test: it ends what the others used."""
+    """The last test, since it ends the cluster of the others."""
     assert len(_processes(ground.mark)) > 4
     assert ground.first.stop() == 0
     _until("all processes of the cluster end", lambda: not _processes(ground.mark), left=lambda: _processes(ground.mark))

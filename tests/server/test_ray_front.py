@@ -28,7 +28,7 @@ def steps(events: Sequence[Event]) -> list[int]:
 STEPS = tuple(Progress(number, 3, None, None) for number in (1, 2, 3))
 LIFE: tuple[Event, ...] = (Queued(0, 1.0), Started(3), *STEPS)
 END = Completed((), Timings(0, 0, 0, 0))
-"""The scripts' own end: the job's image comes back."""
+"""The default script: returns the job's image."""
 
 
 @pytest.mark.parametrize("told_before", range(len(LIFE) + 1))
@@ -198,7 +198,7 @@ async def test_lost_slow_replica_is_removed_at_the_next_poll() -> None:
 
 
 async def test_stuck_replica_is_not_counted() -> None:
-    """Its work is infinite, so it must not be added to the others' nor used for a retry delay."""
+    """Its work is infinite, so it is neither added to the others' nor used for a retry delay."""
     stuck = Load(math.inf, 0, 0, ())
     async with rig(max_waiting_seconds=10.0) as it:
         loads(it, stuck, Load(2.0, 1, 0, ("m",)))

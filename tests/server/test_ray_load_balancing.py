@@ -85,7 +85,7 @@ def test_requests_to_idle_replicas_are_shared_out_evenly(replicas: int, requests
 
 
 def test_idle_replicas_are_chosen_in_turn() -> None:
-    """Though nothing was left of the request before: what is cached, and what is warm, is had by all of them."""
+    """Even after the request before has ended: caches and warm models are used on all of them."""
     standings = {"a": _standing(0.0), "b": _standing(0.0)}
     chosen = []
     for number in range(1, 5):

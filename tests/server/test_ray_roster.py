@@ -1,4 +1,4 @@
-"""The models of replicas, as a front sees them: the best state that each has anywhere, and what becomes of it."""
+"""The models of replicas, as a front sees them: the best state of each on any replica, and its changes."""
 
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -108,7 +108,7 @@ async def test_a_model_on_no_replica_is_loaded_by_one() -> None:
             assert len(it.replicas.asked) == 3, "it is known to be there"
         assert {asked.model for _, asked in it.replicas.asked} == {"m"}, "it is sent to where requests of it go"
         await it.roster.poll()
-        for error in (ModelMemoryFull, NoReplica, ModelUnavailable):  # the last one's load ends whoever tries
+        for error in (ModelMemoryFull, NoReplica, ModelUnavailable):  # the last replica dies while loading
             with pytest.raises(error):
                 async with it.models.using(Source(path="m")):
                     pass
@@ -150,7 +150,7 @@ async def test_loading_and_unloading_reach_all_replicas() -> None:
 
 
 async def test_a_front_finds_the_image_encoder_of_an_adapter_and_has_it_loaded() -> None:
-    """By the widths on its card, before any replica has it in memory; then the card has the size of its squares."""
+    """By the widths on its card, before any replica has loaded it; afterwards the card also has the size of its squares."""
     model, encoder = prompting.model("m", FakePipeline()), prompting.image_encoder()
     async with rig() as it:
         known = tuple(Card.of(one) for one in (model, replace(encoder, pipeline=None)))

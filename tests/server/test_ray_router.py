@@ -1,4 +1,4 @@
-"""The router that runs in each front, over replicas that are objects here: who is asked, and who never again."""
+"""The router of each front, over fake replicas: which ones get requests, and which never again."""
 
 import asyncio
 import math
@@ -19,7 +19,7 @@ DEPLOYMENT = DeploymentID("engine", "app")
 
 
 class FakeReplica:
-    """What the router sees of a replica. `answer` is called when it is asked whether it lives."""
+    """A replica as the router sees it. `answer` is called by its health check."""
 
     max_ongoing_requests = 100
 
@@ -42,7 +42,7 @@ def _router(*replicas: FakeReplica, spread_after: float = 30.0) -> LeastWorkRout
 
 
 def _update(router: LeastWorkRouter, *replicas: FakeReplica) -> None:
-    """What the controller tells."""
+    """The controller's updates."""
     there: Any = list(replicas)
     router.update_replicas(there)
 
@@ -75,7 +75,7 @@ async def test_requests_go_to_replicas_that_have_their_model() -> None:
 
 
 async def test_a_model_on_no_replica_is_loaded_once_for_later_requests() -> None:
-    """What asks for it (`bring`) and the requests that follow go to one, though nobody has told yet that it has it."""
+    """The request that loads it (`bring`) and the next ones go to one replica, even before it reports the model."""
     one, other = FakeReplica("one", resident=()), FakeReplica("other", resident=())
     router = _router(one, other)
     (first, *rest) = [await _send(router, "n") for _ in range(4)]
@@ -159,7 +159,7 @@ def test_serve_accepts_the_router_and_its_settings() -> None:
     found: Any = RequestRouterConfig(
         **serve_options(RaySettings(spread_after=3.0), ResourceShare(1, 0), {})["request_router_config"]
     )
-    made = found.get_request_router_class()  # as it comes out of what Serve passes on
+    made = found.get_request_router_class()  # as Serve passes it on
     assert made.__name__ == "LeastWorkRouter"
     assert found.request_router_kwargs == {"spread_after": 3.0}
     may_not_load: Any = serve_options(RaySettings(spread_after=3.0), ResourceShare(1, 0), {}, load_on_request=False)

@@ -45,7 +45,7 @@ def test_more_work_never_means_fewer_replicas(one: float, other: float, current:
 
 
 def _context(series: object, target: int) -> SimpleNamespace:
-    """What of Ray's AutoscalingContext the policy reads."""
+    """The part of Ray's AutoscalingContext that the policy reads."""
     return SimpleNamespace(raw_metrics=series, target_num_replicas=target)
 
 

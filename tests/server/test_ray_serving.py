@@ -39,8 +39,8 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 
 class Here:
-    """Replicas on the front's own event loop, and the connection to them. Whoever has least to do is asked next, and who is
-    `lost` is gone, with all that it had."""
+    """Replicas on the front's own event loop, and the connection to them. The replica with the least work gets the next request;
+    `lost` ones are gone with their requests."""
 
     def __init__(self, *pipelines: Any, **settings: object) -> None:
         self._pipelines, self._settings = pipelines, settings

@@ -168,7 +168,7 @@ class SlowSources:
 
 
 async def read_slowly(*addresses: str) -> int:
-    """Reads references with 60 s for those that are fetched. Returns how many were read."""
+    """Reads references, the fetched ones within 60 s. Returns their number."""
     slow, codecs = SlowSources(), Codecs(1, 1, ImageMemory(2**30), FakeProcess)
     sources: Any = slow
     try:

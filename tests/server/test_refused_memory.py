@@ -58,7 +58,7 @@ def test_a_refused_requests_image_is_freed_at_once(fields: dict[str, object], co
             call = lambda: list(stub.TransformStream(pb.TransformStreamRequest(request=message)))  # noqa: E731
         for _ in range(3):
             assert failure(call)[0] is code
-        # An answer is sent before the last frames are left: one that comes after it finds them gone.
+        # A response is sent before the last frames return; a later request finds them freed.
         assert failure(lambda: stub.Transform(request(strength=2.0)))[0] is grpc.StatusCode.INVALID_ARGUMENT
         assert [each for each in gc.get_objects() if issubclass(type(each), Image.Image) and each.width == SIDE] == []
 
@@ -92,7 +92,8 @@ def test_a_calls_message_is_freed_with_the_call(fields: dict[str, object], strea
 
 
 def test_requests_that_share_an_error_are_freed_one_by_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """They share the error, whose trace has the frames of each; and those of one are busy with its answer when the next comes."""
+    """They share the error, whose traceback has the frames of each; one request's frames are still sending when the next
+    arrives."""
     failing, backends = threading.Event(), list[LocalBackend]()
 
     def load(bundle: Path, manifest: object) -> FakePipeline:
@@ -122,7 +123,7 @@ CHECK = "/grpc.health.v1.Health/Check"
 CANCEL = (8).to_bytes(4, "big")
 RESETS = 1000
 MOST_BYTES = 100
-"""Of native memory for each call: buffers grow a little, whatever the number of calls."""
+"""Bytes of native memory per call: buffers grow a little, independent of the number of calls."""
 
 
 class MallInfo(ctypes.Structure):
@@ -144,7 +145,7 @@ def native_bytes() -> int:
 
 @pytest.fixture
 def without_log() -> Iterator[None]:
-    """pytest keeps what is logged, which would grow with the calls."""
+    """pytest keeps the log, which would grow with the calls."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -159,7 +160,7 @@ def sent_and_reset(port: int, message: bytes) -> None:
 
 
 def answered_and_reset(port: int, message: bytes) -> None:
-    """Calls whose answers are on their way when they are reset: the client's window has no room for them."""
+    """Calls that are reset while their responses are being sent: the client's window is full."""
     with RawConnection(port, window=0) as connection:
         for stream in range(1, 101, 2):
             connection.call(CHECK, message, stream=stream)

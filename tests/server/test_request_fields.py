@@ -194,7 +194,8 @@ def test_a_models_own_defaults_are_listed_and_used() -> None:
 
 
 def test_a_field_that_needs_a_mask_is_refused_without_one() -> None:
-    """As models that edit have a strength, and Kontext a reference; the model's own default is not used without a mask either."""
+    """Such as the strength of models that edit, and Kontext's reference; without a mask the model's own default is not used
+    either."""
     fields = {"strength": FieldRule(0.6, needs="mask"), "reference_images": FieldRule(needs="mask", max_count=1)}
     one = pb.ImageSource(data=png())
     with serving_model(fields, mask="optional") as model:

@@ -145,7 +145,7 @@ async def test_models_too_large_when_loaded_are_evicted_and_remembered(folder: P
 
 
 async def test_on_a_gpu_its_memory_is_the_budget(folder: Path) -> None:
-    """Without a bound of the operator's: what the GPU has free decides, and the process's own memory says nothing."""
+    """Without a configured bound: the GPU's free memory decides, and the process's own memory has no effect."""
     async with rig(folder) as it:
         it.memory.gpu = 450 * MB
         for name in ("a", "b", "a", "c"):
@@ -347,7 +347,7 @@ async def test_a_damaged_bundle_is_refused_by_its_checksums(folder: Path) -> Non
 
 
 async def test_model_load_is_not_starved_by_a_full_queue(folder: Path) -> None:
-    """Others keep the engine busy all the time; what is being loaded is not behind all of them."""
+    """Other requests keep the engine busy all the time; the load's trial request does not wait behind all of them."""
     async with rig(folder) as it:
         await use(it, "a")
         going = True
@@ -446,7 +446,7 @@ def test_the_default_model_is_the_first_to_be_loaded(folder: Path) -> None:
 
 
 def control_of(rig: Rig, name: str, takes: int) -> LoadedPipeline:
-    """The pipeline of a model in memory, as one whose control graph is not open: 100 MB of weights, which take so many bytes."""
+    """A pipeline whose control graph is not open yet: 100 MB of weights, which take so many bytes in memory."""
     pipeline = rig.store.get(name).pipeline
     assert isinstance(pipeline, LoadedPipeline)
     pipeline.unopened_bytes, pipeline.control_bytes = 100 * MB, takes
@@ -455,7 +455,7 @@ def control_of(rig: Rig, name: str, takes: int) -> LoadedPipeline:
 
 @pytest.mark.parametrize(("takes", "counts"), [(150, 150), (0, 170)], ids=["measured", "estimated"])
 async def test_control_graph_evicts_idle_models_for_its_memory(folder: Path, takes: int, counts: int) -> None:
-    """And counts in the model's. All requests that wait for it share one load, whoever leaves."""
+    """It counts in the model's memory. All waiting requests share one load, even if some are cancelled."""
     async with rig(folder, memory=500 * MB) as it:
         for name in ("a", "b"):
             await use(it, name)
@@ -507,7 +507,7 @@ def test_the_estimate_counts_each_lora_graph(folder: Path) -> None:
 
 
 async def test_oversized_model_is_released_before_the_next_load(folder: Path) -> None:
-    """The one whose turn is next does not take its room while it is still there."""
+    """The next model does not use its memory before it is released."""
     async with rig(folder, memory=450 * MB) as it:
         it.memory.sizes["a"], it.memory.gates["a"] = 500 * MB, threading.Event()
         first = asyncio.create_task(use(it, "a"))

@@ -23,7 +23,7 @@ from img2img_server.runtime.common.rotary import (
 )
 
 SIZES = [(64, 48), (32, 33), (39, 45)]
-"""Of an image and two references, in tokens; sides are odd and even."""
+"""The sizes of an image and two references, in tokens; with odd and even sides."""
 
 
 def of_flux(positions: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Runners of a device's tensors, run on real sessions of the CPU: their bindings, what they learn, record and replay."""
+"""Runners of device tensors, on real sessions of the CPU: their bindings, recordings and replays."""
 
 import logging
 import threading
@@ -48,8 +48,8 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Recording:
-    """A session as one with CUDA graphs: the first call with an id records its addresses, later ones are made on those,
-    whatever they bind. Recordings are the thread's, as ONNX Runtime's are."""
+    """A session like one with CUDA graphs: the first call with an id records its addresses, later calls use these instead of
+    their own bindings. Recordings belong to the thread, as ONNX Runtime's do."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -136,7 +136,7 @@ def test_runner_does_not_modify_its_inputs(graph: Path, kind: str) -> None:
 
 
 def test_onnx_runtime_allocates_outputs_only_on_a_shapes_first_call(graph: Path) -> None:
-    """So its memory is torch's from then on, which frees and reuses it in the order of the stream."""
+    """Its memory then belongs to torch, which frees and reuses it in the order of the stream."""
     allocated: list[int] = []
 
     class Watched(Recording):
@@ -203,7 +203,7 @@ def test_recordings_are_per_shape_and_evicted_lru(graph: Path) -> None:
 
 
 def test_rows_are_padded_to_a_recorded_row_count(graph: Path) -> None:
-    """So a call of any number of rows is a replay: policy mixes requests, and numbers of rows change all the time."""
+    """Calls of any number of rows are replays: the policy mixes requests, so numbers of rows change all the time."""
     runner, session = recording(graph)
     with recording_at_once():
         for rows in ROW_BUCKETS:

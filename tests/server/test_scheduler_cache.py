@@ -1,4 +1,4 @@
-"""Timetables: what they keep is what they count."""
+"""Scheduler caches count the bytes that they keep."""
 
 import pickle
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from img2img_server.runtime.schedulers.cache import SchedulerCache, size_of
 
 
 class Pipe:
-    """What Timetables asks of a pipeline of diffusers."""
+    """The part of a diffusers pipeline that scheduler caches use."""
 
     def __init__(self) -> None:
         self.scheduler = EulerDiscreteScheduler()

@@ -16,7 +16,7 @@ from covering import covering
 from diffusers import StableDiffusionImg2ImgPipeline
 from img2img_server.runtime.schedulers.registry import FLOW_NAMES, NAMES, build, find, make, read, supported
 
-# Of few timesteps, because diffusers' KDPM2 walks through all of them, slowly, where it is made.
+# Few timesteps, because diffusers' KDPM2 loops over all of them slowly in its constructor.
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 60}
 
 # diffusers' KDPM2 schedulers hand torch's tensors to numpy's functions.
@@ -39,7 +39,7 @@ OWN["unknown words"].register_to_config(invented_by_the_models_author=3)
 
 @pytest.fixture
 def complaints() -> Iterator[list[str]]:
-    """What diffusers logs as a warning or worse."""
+    """diffusers' log from WARNING on."""
     seen: list[str] = []
 
     class Keep(logging.Handler):

@@ -72,7 +72,7 @@ def test_excessive_pings_close_the_connection(server: RunningServer) -> None:
 
 
 def test_calls_received_during_an_event_loop_stall_are_answered(server: RunningServer) -> None:
-    """gRPC itself cancels calls that wait, from the 1000th on, if nobody sets another bound."""
+    """By default gRPC itself cancels waiting calls from the 1000th on."""
     late = threading.Event()
     with contextlib.ExitStack() as stack:
         stack.callback(late.set)
@@ -139,7 +139,7 @@ def test_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_unresponsive_client_is_detected_and_its_call_cancelled() -> None:
-    """It neither closes its connection nor answers pings, as a machine that lost its power."""
+    """It neither closes its connection nor answers pings, like a machine without power."""
     called, cancelled = asyncio.Event(), asyncio.Event()
 
     async def work(requests: object, context: object) -> None:
@@ -227,20 +227,20 @@ def test_other_reference_fields_cannot_escape_the_store(field: str, folders: Pat
 
 
 def assert_harmless(call: Callable[[], object], folders: Path, sent: str) -> None:
-    """A refusal that is the caller's own fault, and tells no path that the caller did not send."""
+    """A refusal caused by the caller, which discloses no path that the caller did not send."""
     code, details = failure(call)
     assert code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED), (sent, details)
     assert str(folders) not in str(details).replace(sent, ""), sent
     assert len(str(details["message"])) < 8192, "what was sent is not sent back at length"
 
 
-# What is inside.
+# The image below the wrappers.
 
 SECRETS = ("/srv/secret", "hunter2", "Traceback", "RuntimeError")
 
 
 def revealed(call: Callable[[], object]) -> str:
-    """Everything that a call which fails tells its caller."""
+    """The whole text of a failed call's status."""
     with pytest.raises(grpc.RpcError) as caught:
         call()
     error: Any = caught.value
@@ -276,7 +276,7 @@ def test_an_errors_text_stays_in_the_log(where: str, monkeypatch: pytest.MonkeyP
 
 
 def test_bundle_problems_are_only_in_the_log(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its folder's path above all."""
+    """In particular its folder's path."""
     damaged = folders / "store" / "damaged"
     damaged.mkdir()
     write_manifest(damaged, manifest("acme/damaged"))
@@ -312,7 +312,7 @@ def test_a_token_is_in_no_answer_and_no_log(folders: Path, caplog: pytest.LogCap
 
 
 def test_a_token_sees_no_other_models(folders: Path) -> None:
-    """Neither through requests nor in the error for a model that does not exist."""
+    """Neither by requests nor by the error for a missing model."""
     from img2img_server.access import tokens
 
     hidden = folders / "store" / "hidden"

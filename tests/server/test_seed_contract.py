@@ -203,7 +203,7 @@ def test_distilled_model_runs_every_step_or_names_its_maximum(distilled: Stepped
 
 
 def test_preview_resembles_the_final_image(load: Load) -> None:
-    """On the demo model, whose weights are trained: halfway it is nearer to the result than to the source."""
+    """With the demo model, whose weights are trained: halfway it is nearer to the result than to the source."""
     pipeline = load("demo")
     source = Image.open(Path(__file__).parents[2] / "demo" / "images" / "noon-lake.png").convert("RGB")
     request = make_request(

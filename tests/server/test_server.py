@@ -104,7 +104,7 @@ def test_draining_finishes_running_requests_and_refuses_new_ones() -> None:
 
 
 def _refusal(channel: grpc.Channel) -> grpc.StatusCode:
-    """What new requests get. Health turns first; a moment later nothing is taken any more."""
+    """The error of new requests. Health changes first; a moment later no request is accepted."""
     code, details = failure(lambda: _submit_until_refused(ImageToImageServiceStub(channel)))
     assert details["reason"] == "SHUTTING_DOWN"
     return code

@@ -1,4 +1,4 @@
-"""The service over a real channel and a fake pipeline: what is asked is what the engine gets, and what is wrong is named."""
+"""The service over a real channel and a fake pipeline: the engine gets the requested values, and errors name wrong fields."""
 
 import base64
 import io

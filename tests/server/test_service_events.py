@@ -115,7 +115,7 @@ def test_images_of_other_sizes_have_other_digests() -> None:
 
 
 class ScriptedEngine:
-    """Takes every request and tells `script` of it at once, or raises what it is given."""
+    """Accepts every request and sends it the events of `script` at once, or raises the given error."""
 
     def __init__(self, *script: Event, error: ServerError | None = None) -> None:
         self.script, self.error = script, error

@@ -1,4 +1,4 @@
-"""Settings: each can come from a flag, a variable and a file, in that order, and what is printed can be read again."""
+"""Settings: from a flag, a variable or a file, in that order; printed settings can be read again."""
 
 import argparse
 import re
@@ -74,7 +74,7 @@ def _file(folder: Path, text: str) -> Path:
     return file
 
 
-# Any text that TOML can tell, but what would be split, read as a home, or stripped where it is one of several.
+# Any text that TOML can hold, except texts that would be split, expanded as a home folder, or stripped as one of several.
 _TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0,~"), min_size=1).filter(
     lambda text: text == text.strip()
 )
@@ -103,12 +103,12 @@ def _values(one: Setting) -> st.SearchStrategy[Any]:
 
 
 _SECTIONS = ("tls", "residency", "ray")
-"""Sections whose settings need each other."""
+"""Sections whose settings depend on each other."""
 
 
 @st.composite
 def _said(draw: st.DrawFn) -> dict[str, dict[FieldPath, Any]]:
-    """What each source says: a few settings each, of some sections all."""
+    """The values in each source: a few settings each, and all of some sections."""
     said = {}
     for source in SOURCES:
         some = draw(st.lists(st.sampled_from(ALL), unique_by=lambda one: one.path))
@@ -118,7 +118,7 @@ def _said(draw: st.DrawFn) -> dict[str, dict[FieldPath, Any]]:
 
 
 def _text(one: Setting, value: Any) -> str:
-    """The value as somebody would write it in a shell."""
+    """The value as written in a shell."""
     if one.about.parse is not None:
         return one.about.write(value)
     return ",".join(value) if isinstance(value, tuple) else str(value)
@@ -131,7 +131,7 @@ def _words(one: Setting, value: Any) -> str:
 
 
 def _toml(said: Mapping[FieldPath, Any]) -> str:
-    """A file that says this. Its strings are written by the code under test; the parser of TOML is another's."""
+    """A file with these values. The code under test writes its strings; the TOML parser is a library's."""
     known = {one.path: one for one in ALL}
     lines = []
     for path, value in sorted(said.items(), key=lambda item: len(item[0])):
@@ -143,8 +143,8 @@ def _toml(said: Mapping[FieldPath, Any]) -> str:
 @given(_said(), _FILES)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
 def test_first_source_with_a_value_wins(tmp_path: Path, said: dict[str, dict[FieldPath, Any]], models: Path) -> None:
-    """For every setting, whoever says what: the value is that of the flag, else the variable's, else the file's, else the
-    default; and what is printed of it reads as the same."""
+    """For every setting and combination of sources, the value is the flag's, else the variable's, else the file's, else the
+    default; read again, the printed value is the same."""
     said["flag"].setdefault(("models",), models)
     said["variable"] = {path: value for path, value in said["variable"].items() if value != ()}  # empty ones are refused
     expected: dict[FieldPath, Any] = {}

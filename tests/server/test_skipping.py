@@ -19,17 +19,17 @@ _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 PLAIN = ("DDIM", "PNDM", "Euler", "Heun", "DPM++ 2M Karras", "DPM++ SDE", "DEIS", "UniPC", "LCM", "Euler a")
 FLOW = ("Euler", "Heun")
 DRAWING = ("LCM", "Euler a")
-"""Those that draw noise."""
+"""Schedulers that draw noise."""
 
 
 class Pipe:
-    """What the caches of schedulers need of a pipeline."""
+    """The part of a pipeline that the scheduler caches use."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
 
     def get_timesteps(self, *arguments: Any) -> Any:
-        """By the rule of the scheduler's pipelines."""
+        """The image by the scheduler's pipelines' rule."""
         flow = registry.is_flow(self.scheduler)
         kind = diffusers.StableDiffusion3Img2ImgPipeline if flow else diffusers.StableDiffusionImg2ImgPipeline
         return kind.get_timesteps(self, *arguments)
@@ -122,7 +122,7 @@ def test_skipped_calls_change_the_result_of_a_gaussian_less_than_fewer_steps() -
 
 
 def _scale(cached: CachedScheduler, spread: float) -> float:
-    """By which factor latents of images with the standard deviation `spread` are scaled, relative to the exact solution."""
+    """The factor by which latents of images with the standard deviation `spread` are scaled, relative to the exact solution."""
     assert cached.schedule is not None
     trajectory, latents, exact = Trajectory(cached.schedule, [torch.Generator()]), torch.ones(1, 1, 1, 1), math.nan
     for index, time in zip(cached.indices, cached.timesteps, strict=True):

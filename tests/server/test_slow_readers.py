@@ -1,4 +1,4 @@
-"""Clients that do not read their answers: they hold no model, few events, and are ended after a while."""
+"""Clients that do not read their responses: they hold no model and few events, and are ended after a timeout."""
 
 import asyncio
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_unread_responses_do_not_keep_a_model_in_use(tmp_path: Path, method: str
         transform = request(model=pb.ModelReference(path="m"), num_inference_steps=10, preview_interval=1)
         message = pb.TransformStreamRequest(request=transform) if method == STREAM else transform
         with unread(server.port, *[(method, message.SerializeToString())] * 5):
-            while len(loaded["m"].released) < 5:  # the engine has done all of them
+            while len(loaded["m"].released) < 5:  # the engine has finished all of them
                 model_state(channel)
             models = ModelServiceStub(channel)
             unloaded = models.UnloadModel(model_pb2.UnloadModelRequest(id="m"), timeout=120).model

@@ -110,7 +110,7 @@ def test_step_count_follows_the_pipelines_rounding_rule() -> None:
 
 
 SIZES = [(104, 72), (72, 104), (64, 64), (1000, 667), (667, 1000), (1024, 1024), (1333, 750), (512, 2048), (1920, 1080)]
-"""Of sources, below and above a million pixels."""
+"""Sizes of sources, below and above a million pixels."""
 
 
 def edited(name: str, source: tuple[int, int], asked: SizeRule, multiple: int, by: tuple[int, int] | None = None) -> Any:

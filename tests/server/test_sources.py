@@ -1,4 +1,4 @@
-"""Where source images may come from: what a server allows is read, everything else is refused before anything is read."""
+"""Sources of images: allowed ones are read, all others are refused before anything is read."""
 
 import base64
 import functools
@@ -116,7 +116,7 @@ async def test_file_uri_without_a_local_file_is_refused(root: Path) -> None:
 
 
 def test_symlink_swapped_in_after_the_check_is_not_followed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between looking where a path leads and opening it, somebody swaps a folder, or the file, for a link."""
+    """A folder, or the file, is replaced by a link between the check of a path and its opening."""
     open_ = reading._open
 
     def swap(what: Path, target: Path) -> None:
@@ -224,7 +224,7 @@ class Answer(BaseHTTPRequestHandler):
         site.asked.append(self.path)
         if self.path == "/hang":
             site.hanging.set()
-            # What a connection that its caller closed gives to read is nothing.
+            # A connection that its caller closed has no data.
             if self.connection.recv(1) == b"":
                 site.gone.set()
             return

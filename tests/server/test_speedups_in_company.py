@@ -1,5 +1,5 @@
-"""Speedups, LoRAs, controls and image prompts in one batch: what a request's bound buys does not change the others, and is
-refused by name."""
+"""Speedups, LoRAs, controls and image prompts in one batch: a request's speedup does not change the others, and incompatible ones
+are refused by name."""
 
 import dataclasses
 from collections.abc import Callable

@@ -23,7 +23,7 @@ NEEDED = """\
 import grpc, numpy, onnxruntime, PIL.Image, tokenizers, torch
 from diffusers import DDIMScheduler
 """
-"""What an ONNX bundle of Stable Diffusion needs: tensors, a tokenizer and diffusers' schedulers."""
+"""The imports that an ONNX bundle of Stable Diffusion needs: tensors, a tokenizer and diffusers' schedulers."""
 
 UNUSED = (
     *("onnx", "onnxscript", "optimum", "torchvision", "skimage", "scipy", "pandas", "matplotlib", "IPython"),
@@ -39,7 +39,7 @@ UNUSED = (
     *("starlette", "uvicorn", "httptools", "python_multipart", "img2img_server.api.http"),
     *("img2img_server.backends.ray", "img2img_server.api.kserve", "img2img_server.tools.top", "img2img_server.telemetry.metrics"),
 )
-"""What only exports, clients, tests, options that are off, models in PyTorch, other schedulers and other backends need."""
+"""Imports that only exports, clients, tests, disabled options, models in PyTorch, other schedulers and other backends need."""
 
 
 def imported(output: str) -> set[str]:

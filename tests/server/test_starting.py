@@ -40,7 +40,7 @@ HEAVY = ("torch", "onnxruntime", "diffusers", "transformers", "ray")
 
 
 class Panic(BaseException):
-    """As a library in Rust raises it: no Exception."""
+    """Like a panic of a library in Rust, which is no Exception."""
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def test_errors_are_one_line_and_precede_heavy_imports(tmp_path: Path, taken: in
 
 
 def load(folder: Path, wrong: dict[str, BaseException], **settings: Any) -> ModelRegistry:
-    """A store of the bundles in `folder`, where those in `wrong` fail when they are loaded."""
+    """A store of the bundles in `folder`; loading those in `wrong` fails."""
 
     def make(bundle: Path, manifest: Manifest) -> FakePipeline:
         if bundle.name in wrong:
@@ -234,7 +234,7 @@ def test_a_model_that_fails_in_warm_up_is_failed_and_the_others_are_served(error
 
 @pytest.mark.parametrize("buckets", [(), (1, 2, 4)])
 def test_hanging_warm_up_fails_only_its_model(buckets: tuple[int, ...]) -> None:
-    """Also where the model is recorded, on the engine's thread: another takes that thread's place."""
+    """Also on the engine's thread, while the model is recorded: another thread replaces it."""
     bad, never = FakePipeline(Clock()), threading.Event()
     bad.row_buckets = buckets
     bad.before["denoise"] = never.wait

@@ -1,4 +1,4 @@
-"""Nothing that a client does, or leaves undone, delays a drain, the process's end, or a model's move."""
+"""No client can delay a drain, the end of the process, or the unloading of a model."""
 
 import asyncio
 import signal
@@ -46,7 +46,7 @@ def _asset(channel: grpc.Channel) -> str:
 def test_process_ends_despite_connected_clients_that_never_read(
     start: Callable[..., Process], tmp_path: Path, fault: str, signals: list[signal.Signals], watchdog: str, status: int
 ) -> None:
-    grace = "1" if watchdog == "0" else "60"  # so that the watchdog, however late, comes before the end of the drain
+    grace = "1" if watchdog == "0" else "60"  # so that the watchdog, even if late, acts before the end of the drain
     flags = ("--models", "m", "--kserve", "--watchdog", watchdog, "--grace", grace, "--assets", str(tmp_path / "assets"))
     process = start(*FAULTY, fault, *flags)
     with process.channel() as channel:
@@ -75,7 +75,7 @@ def test_models_load_and_unload_beside_watchers_that_never_read(tmp_path: Path) 
 
 
 def test_drain_works_with_an_exhausted_thread_pool() -> None:
-    """Reads of a disk that hangs, say, hold all of them."""
+    """All are blocked, for example by reads of a hanging disk."""
     go = threading.Event()
     with running(lambda: store(m=FakePipeline())) as server:
         try:

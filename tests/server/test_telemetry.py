@@ -1,4 +1,4 @@
-"""Traces: where a call's time went, as a collector gets it; and telemetry keeps out of everybody's way."""
+"""Traces: the spans of a call at a collector; and telemetry never delays or fails calls."""
 
 import itertools
 import socket
@@ -34,7 +34,7 @@ _SERVER = 2
 
 
 def traced(collector: Collector, pipeline: FakePipeline, **settings: Any) -> Any:
-    """A server that sends its traces there; all of them are there once it has stopped."""
+    """A server that sends its traces to the collector, all of them before it has stopped."""
     telemetry = TelemetrySettings(otlp_endpoint=collector.endpoint)
     return running(lambda: store(m=pipeline), telemetry=telemetry, **settings)
 
@@ -133,7 +133,7 @@ def test_requests_that_share_a_step_each_have_a_span_for_it() -> None:
 def test_trace_continues_the_callers_trace() -> None:
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     with collecting() as collector, traced(collector, FakePipeline()) as server, connected(server) as channel:
-        for flags in ("01", "00"):  # 00: whoever began it does not want it kept
+        for flags in ("01", "00"):  # 00: the caller does not sample it
             metadata = (("traceparent", f"00-{trace}-{parent}-{flags}"),)
             stub_of(channel).Transform(request(), metadata=metadata)
     call = collector.named(TRANSFORM)

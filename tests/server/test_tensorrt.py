@@ -145,7 +145,7 @@ def test_computed_input_sizes_match_the_pipelines_inputs(bundle: Get, name: str)
 
 
 class Remembering:
-    """A runner that remembers what it was run on."""
+    """A runner that records its inputs."""
 
     inputs = outputs = ()
 
@@ -185,7 +185,7 @@ def test_build_without_an_output_file_is_an_error(tmp_path: Path, monkeypatch: p
 
 
 def test_build_process_reports_a_missing_provider(bundle: Get, tmp_path: Path) -> None:
-    """The real program. Where ONNX Runtime is built without TensorRT it does not fall back to something else."""
+    """The real program. If ONNX Runtime is built without TensorRT, it does not fall back to another provider."""
     assert "TensorrtExecutionProvider" not in onnxruntime.get_available_providers()
     job = {"graph": str(bundle("sd1") / "vae_decoder" / "model.onnx"), "folder": str(tmp_path), "options": options()}
     command = [sys.executable, "-m", "img2img_server.runtime.tensorrt.build"]
@@ -201,7 +201,7 @@ def test_without_tensorrt_there_are_no_candidates(bundle: Get) -> None:
 
 
 def test_serving_engines_are_not_loaded_twice(tmp_path: Path) -> None:
-    """Of the same bundle only; the graph that serves may be the fused twin of the one that is asked for."""
+    """Of the same bundle only; the serving graph may be the fused variant of the requested one."""
     runner_cache, made = RunnerCache(), list[Path]()
 
     def make(name: str, graph: Path) -> Runner:

@@ -41,7 +41,7 @@ timing = pathlib.Path(job["options"]["trt_timing_cache_path"])
 
 @pytest.fixture
 def contend(bundle: Get, tmp_path: Path) -> Callable[..., tuple[TensorRTCandidate, WatchedStore, list[str]]]:
-    """Gives a candidate, a store whose model runs four times as slowly as it could, and what is opened of TensorRT's."""
+    """A candidate, a store whose model is four times as slow, and the opened TensorRT sessions."""
 
     def get(spoilt: bool = False) -> tuple[TensorRTCandidate, WatchedStore, list[str]]:
         path, manifest = bundle("sd1"), read_manifest(bundle("sd1"))

@@ -138,7 +138,7 @@ def _in_place(folder: Path, authority: trustme.CA) -> None:
 
 
 def _by_symlink(folder: Path, authority: trustme.CA) -> None:
-    """As Kubernetes renews a mounted secret: `..data` is a link to a folder, and another link is renamed over it."""
+    """Like Kubernetes' renewal of a mounted secret: `..data` is a link to a folder, and another link is renamed over it."""
     (folder / "new").mkdir()
     issue(folder / "new", authority)
     link = folder / "..data.part"
@@ -215,7 +215,7 @@ def test_broken_renewal_keeps_the_old_certificate_and_is_logged_once(
             assert "keeping the previous version" in line
             tls.certificate.write_bytes(good)
             assert shown(server, authority) == old
-        # The other half of the renewal comes: now both are taken.
+        # The other half of the renewal arrives: now both are used.
         tls.certificate.write_bytes(other.certificate.read_bytes())
         tls.key.write_bytes(other.key.read_bytes())
         assert shown(server, authority) == der(other.certificate)

@@ -116,7 +116,7 @@ def test_call_counts_towards_concurrency_until_it_ends_in_any_way(
             blocked.go.set()
         with contextlib.nullcontext() if ending == "finish" else pytest.raises((grpc.RpcError, grpc.FutureCancelledError)):
             wait()
-        # Where the caller has gone, the place is free while the model still computes for nobody.
+        # After the caller has left, the slot is free while the model still finishes its call.
         listed = _until_admitted(lambda: models.ListModels(model_pb2.ListModelsRequest(), metadata=bearing(secret)))
         assert isinstance(listed, Message)
         blocked.go.set()
@@ -134,7 +134,7 @@ def _until_admitted(call: Callable[[], object]) -> object:
 
 
 def test_messages_of_refused_calls_are_not_read(path: Path) -> None:
-    """The image that comes with it, up to 33 MB, is not even parsed: else it would be refused for being no message."""
+    """Its image, up to 33 MB, is not even parsed; otherwise the call would fail as a malformed message."""
     secret = grant(path, "alice", concurrency=1, requests_per_minute=6)
     with connected(path, FakePipeline()) as channel:
         garbage = channel.unary_unary(TRANSFORM, request_serializer=bytes, response_deserializer=bytes)
@@ -194,7 +194,8 @@ def _poll(call: Callable[[], Any]) -> Any:
 
 
 def _held(begin: Callable[[], Any], probe: Callable[[], object]) -> Any:
-    """A call that has the one place, as `probe` is refused. One that came while a probe had it was refused: then another."""
+    """A call that has the only slot, so `probe` is refused. A call that arrived during a probe was refused, so another is
+    made."""
     for _ in range(100):
         call = begin()
         while call.is_active():

@@ -29,8 +29,8 @@ FAMILIES = {
     "qwenimage": ("qwen-image", "onnx"),
     "zimage": ("z-image", "onnx"),
 }
-"""Tiny models, their families, and what their bundles run on. Those of Qwen-Image-Edit and -Plus, which look at a million pixels,
-are in test_architectures.py."""
+"""Tiny models, their families, and their bundles' engines. Qwen-Image-Edit and -Plus, which read a million pixels, are in
+test_architectures.py."""
 
 _LONG = "mountains and a lake at sunset with a winter forest behind the lake, and fog over the water"
 
@@ -138,7 +138,7 @@ def test_references_of_different_sizes_and_order_share_calls(
 
 
 def test_images_with_different_token_counts_do_not_share_calls(bundle: Callable[[str], Path]) -> None:
-    """Of a wide and a tall image they do; a reference of another size counts, too."""
+    """Wide and tall images share calls; a reference of another size counts, too."""
     pipeline = load_pipeline(bundle("klein"), read_manifest(bundle("klein")), Execution("cpu"))
     images = source(96, 64, 1), source(64, 96, 1), source(64, 80, 1)
     wide, tall, smaller = (pipeline.plan(make_request(image=image, size=(64, 96))).shape for image in images)
@@ -158,7 +158,7 @@ def test_a_bundle_in_pytorch_is_opaque(bundle: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("name", ["klein", "chroma", "qwenimage"])
 def test_previews_of_the_last_step_show_the_result(name: str, bundle: Callable[[str], Path]) -> None:
-    """Of requests of both shapes: what the last step predicts are the latents that are decoded."""
+    """For requests of both shapes: the last step's prediction is the decoded latents."""
     pipeline: Any = load_pipeline(bundle(name), read_manifest(bundle(name)), Execution("cpu"))
     vae = pipeline._pipe.vae
     channels = vae.config.get("latent_channels") or vae.config.z_dim

@@ -245,7 +245,7 @@ def test_control_characters_in_names_are_escaped() -> None:
 
 
 def read_until(terminal: int, wanted: str, seen: str = "") -> str:
-    """What a program writes to its terminal, up to `wanted`."""
+    """A program's output on its terminal, up to `wanted`."""
     while wanted not in seen:
         assert select.select([terminal], [], [], _PATIENCE)[0], f"'{wanted}' never came; there was {seen!r}"
         seen += os.read(terminal, 65536).decode("utf-8", "replace")
@@ -281,7 +281,7 @@ def test_top_runs_until_quit_on_any_terminal(server: RunningServer, term: str, e
 
 
 def test_top_waits_for_an_unreachable_server() -> None:
-    """It says so, and goes on."""
+    """It reports the error and continues."""
     with running(lambda: store(m=FakePipeline()), telemetry=TelemetrySettings(metrics_port=0)) as server:
         command = [*_COMMAND, "--interval", "0.1", "--json", url_of(server)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

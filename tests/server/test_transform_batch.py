@@ -1,4 +1,4 @@
-"""TransformBatch: many requests in one call. Each has its own outcome, and waits where a single one would be refused."""
+"""TransformBatch: many requests in one call. Each has its own outcome, and waits if a single call would be refused."""
 
 import asyncio
 import threading
@@ -147,7 +147,7 @@ async def test_requests_are_read_only_as_earlier_ones_complete() -> None:
     stream = RequestStream(METHOD, respond, lambda *failure: failure, Access(None), telemetry, CallContext(), in_progress=4)
     responses = stream.responses(requests())
     first = asyncio.ensure_future(anext(responses))
-    for _ in range(100):  # whatever can go on without an answer does
+    for _ in range(100):  # everything that can continue without a response does
         await asyncio.sleep(0)
     assert read == 4
     free.set()

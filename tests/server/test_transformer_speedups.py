@@ -27,7 +27,7 @@ MODELS = ("sd3", "flux-dev", "kontext", "klein", "flux2")
 
 
 class Added(torch.nn.Module):
-    """Stands for the blocks of a transformer that are skipped: adds what they added before to the image's tokens."""
+    """Replaces the skipped blocks of a transformer: adds their earlier addition to the image's tokens."""
 
     def __init__(self, residual: torch.Tensor) -> None:
         super().__init__()

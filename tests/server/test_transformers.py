@@ -97,7 +97,7 @@ def mixed(size: tuple[int, int]) -> list[Request]:
 
 
 def expected(pipe: Any, request: Request, seed: int) -> Image.Image:
-    """What diffusers draws for the request with a generator of that seed."""
+    """diffusers' image for the request with a generator of that seed."""
     width, height = request.image.size
     names = ("prompt", "negative_prompt", "image", "strength", "num_inference_steps", "guidance_scale")
     given = {name: getattr(request, name) for name in names}
@@ -132,9 +132,8 @@ def count_calls(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[in
 
 
 def run_together(pipeline: Any, requests: Sequence[Request], monkeypatch: pytest.MonkeyPatch) -> tuple[list[Caller], list[int]]:
-    """Runs requests in one engine. What each caller heard, and how many rows each call of the transformer had.
-
-    A call takes a second whatever its rows, so all that can share one do.
+    """Runs requests in one engine. Returns each caller's events, and the rows of each call of the transformer. A call takes a
+    second for any number of rows, so all compatible requests share calls.
     """
     rows, clock = count_calls(pipeline, monkeypatch)
     engine = Engine({"m": pipeline}, QueueLimits(max_batch_size=16), clock)
@@ -228,7 +227,7 @@ def test_transformer_in_pytorch_shares_calls_for_images_of_one_size_only(
 def test_graph_of_images_of_one_size_is_stepped(
     name: str, bundle: Callable[[str], Path], oracle: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As other tools make it, and earlier versions did."""
+    """Like graphs of other tools and of earlier versions."""
     old = Path(shutil.copytree(bundle(name), tmp_path / "old"))
     module = copy.deepcopy(oracle(name).transformer)
     calls = [one_call(module, *sizes) for sizes in ((4, 6, 7), (8, 4, 9))]

@@ -34,7 +34,7 @@ CLASSES = {
 """Tiny models, and the class that draws with them."""
 
 QWEN_READS = 34 + 512
-"""Tokens: it cuts its template and what is too long from the embeddings."""
+"""Tokens: it cuts its template and the excess from the embeddings."""
 
 Load = Callable[[str], Any]
 
@@ -51,7 +51,7 @@ def load(tiny_model: Callable[[str], Path]) -> Load:
 
 
 def tokens_read(pipe: Any, prompt: str, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """What the tokenizers give to the text encoders when the pipeline draws the prompt: of each call its first text's tokens."""
+    """The tokenizers' output for the text encoders when the pipeline draws the prompt: the tokens of each call's first text."""
     read: list[list[int]] = []
     original = PreTrainedTokenizerBase.__call__
 

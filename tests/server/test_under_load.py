@@ -25,7 +25,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
 class Gate:
-    """Where threads wait until it is opened; it counts those that came."""
+    """A gate for threads, which counts the waiting ones."""
 
     def __init__(self) -> None:
         self.opened = threading.Event()
@@ -104,7 +104,7 @@ def test_with_a_full_queue_and_a_busy_device_health_and_reflection_answer(gate: 
 
 
 def test_flood_of_one_client_is_refused_before_decoding(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They wait as bytes for as many processes as there are, and no more of them than there is room for."""
+    """They wait as bytes for the existing processes, and no more of them than fit."""
     gated_codecs(gate, monkeypatch, LoadImage)
     limits, codecs = QueueLimits(max_waiting=100, max_client_waiting=10), CodecSettings(decoders=3)
     with (

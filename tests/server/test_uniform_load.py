@@ -83,7 +83,7 @@ def test_clients_that_always_send_the_next_alike_request_fill_each_call(clients:
 
 
 class _Heard(list[Event]):
-    """The events of a caller, each of which is heard as it comes."""
+    """The events of a caller, read as they arrive."""
 
     def __init__(self, listen: Callable[[Event], None]) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _Heard(list[Event]):
 
 
 def test_requests_at_different_steps_share_full_calls_if_they_are_as_long() -> None:
-    """A request that is nearly done is not a short one: a few milliseconds for each of its last calls matter little to it."""
+    """A request that is nearly finished is not a short one: a few milliseconds for each of its last calls matter little."""
     engine, pipeline = measured_engine()
     for _ in range(12):
         Caller(engine).submit(num_inference_steps=STEPS)
@@ -122,7 +122,7 @@ def test_short_requests_join_at_once_while_alike_ones_wait() -> None:
 
 
 def test_requests_of_another_kind_are_admitted_past_alike_ones_that_wait() -> None:
-    """So these are not kept from the turns that every active request gets, however many alike ones follow."""
+    """Alike requests cannot keep the others from their turns, however many follow."""
     engine, pipeline = measured_engine()
     for _ in range(2 * FULL):
         Caller(engine).submit(num_inference_steps=STEPS)

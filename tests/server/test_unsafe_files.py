@@ -68,7 +68,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("__type", "Evil"),
 ]
 REFUSED_KEYS = [(key, value) for key, value in REFUSED if key not in ("vocab_file", "hidden_act", "anything", "backbone")]
-"""Without those whose value alone is refused: in a token's text it is harmless."""
+"""Without keys of which only the value is refused: in a token's text it is harmless."""
 NESTINGS: list[Callable[[dict[str, Any]], Any]] = [
     lambda config: config,
     lambda config: {"text_config": config},

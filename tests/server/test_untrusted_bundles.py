@@ -1,6 +1,6 @@
 """A model must not run code: pickles and Python planted in a bundle are never opened.
 
-Each bundle here loads apart from the planted files, and these leave a mark if they are run, which is tested too.
+Each bundle here loads without the planted files, and these leave a mark if they are run, which is tested too.
 """
 
 import contextlib
@@ -40,14 +40,14 @@ class Trap:
 
     @property
     def python(self) -> str:
-        """Code that leaves it when imported, and has the classes that are asked of it."""
+        """Code that leaves the mark when imported, and has any class."""
         made = "class Evil:\n    from_pretrained = from_config = classmethod(lambda *a, **k: None)\n"
         return f"open({str(self.mark)!r}, 'w').close()\n{made}"
 
 
 @pytest.fixture
 def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trap:
-    """One that also knows whether torch was told to read a pickle, be it with its own restricted reader."""
+    """A mark that also records whether torch read a pickle, even with its own restricted reader."""
     trap = Trap(tmp_path / "mark")
 
     def load(file: object, *words: object, **settings: object) -> object:
@@ -110,7 +110,7 @@ def test_bundle_with_a_pickle_or_code_is_refused(name: str, where: str, tmp_path
 def test_an_index_that_names_pickles_is_not_followed(
     shard: object, component: str, backend: Backend, bundle: Path, trap: Trap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is at the door that this is kept: diffusers and transformers would open them."""
+    """Only the scan prevents this: diffusers and transformers would open them."""
     monkeypatch.setattr(loader, "refuse_unsafe", refuse_unsafe)
     folder = bundle / component
     (weights,) = folder.glob("*.safetensors")
@@ -193,7 +193,7 @@ def test_custom_pipeline_code_of_a_bundle_is_not_run(backend: Backend, bundle: P
     edit(bundle / "model_index.json", _class_name=["evil", "Evil"])
     for name in ("evil.py", "pipeline.py"):
         (bundle / name).write_text(trap.python)
-    with contextlib.suppress(BundleError):  # the manifest says which class it is: it may load
+    with contextlib.suppress(BundleError):  # the manifest names its class, so it may load
         load(bundle, backend)
     assert not trap.mark.exists()
 
@@ -207,7 +207,7 @@ def test_custom_pipeline_code_of_a_bundle_is_not_run(backend: Backend, bundle: P
 def test_an_auto_class_does_not_run_the_bundles_code(
     component: str, config: str, automatic: str, backend: Backend, bundle: Path, trap: Trap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does it ask whoever sits at the terminal, who would say yes."""
+    """It does not ask at the terminal, where the answer would be yes."""
     asked: list[object] = []
 
     def agree(*words: object) -> str:

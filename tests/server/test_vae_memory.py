@@ -29,14 +29,14 @@ STABLE_DIFFUSION = {
     "sample_size": 512,
 }
 TINY = {"block_out_channels": [64] * 4, "latent_channels": 4}
-"""What AutoencoderTiny's configuration has of it."""
+"""The keys of AutoencoderTiny's configuration that affect it."""
 QWEN = {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 TILED = 1
-"""So few bytes that every image is tiled that is larger than a tile."""
+"""So few bytes that every image larger than a tile is tiled."""
 
 
 class Halves:
-    """Counts the images in each call of the halves, in whose place it is: they change sizes as a VAE does."""
+    """Replaces the VAE's halves and counts the images in each call. Sizes change as in a VAE."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, ...]] = []
@@ -198,7 +198,7 @@ def test_a_tiled_image_is_the_one_that_diffusers_makes_with_tiling(
 
 
 def test_a_videos_vae_divides_batches_and_tiles_images(bundle: Callable[[str], Path]) -> None:
-    """Of frames [B, 3, 1, H, W], into tiles of at most 512 pixels."""
+    """Frames [B, 3, 1, H, W], in tiles of at most 512 pixels."""
     folder = bundle("qwenimage")
     whole, bounded = (
         load_pipeline(folder, read_manifest(folder), Execution("cpu", 1, vae_memory=memory))._pipe.vae  # type: ignore[attr-defined]

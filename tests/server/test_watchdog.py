@@ -27,7 +27,7 @@ STAGES = ["plan", "prepare", "denoise", "advance", "preview", "finish", "release
 
 
 class Hanging(FakePipeline):
-    """Hangs in its first call of one stage, until it is told to go on."""
+    """Hangs in its first call of one stage until a test releases it."""
 
     def __init__(self, stage: str) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Patient:
 
 @pytest.fixture
 def hanging() -> Iterator[Callable[[str], tuple[Engine, Hanging]]]:
-    """Gives a running engine whose model hangs in a stage. What hangs is let go at the end."""
+    """A running engine whose model hangs in a stage, and is released at the end."""
     made: list[tuple[Engine, Hanging]] = []
 
     def make(stage: str) -> tuple[Engine, Hanging]:
@@ -147,7 +147,7 @@ def test_hanging_plan_is_detected_on_any_thread(
 
 
 class Clockwork:
-    """An engine as the watchdog sees it: each look finds the next of some calls, and the last one tells that it was reached."""
+    """An engine as the watchdog sees it: each check finds the next of some calls, and the last one sets an event."""
 
     def __init__(self, *calls: ModelCall | None) -> None:
         self._calls = list(calls)
@@ -344,7 +344,7 @@ def test_hanging_device_ends_all_calls_with_an_error_and_the_server() -> None:
             assert (code, details["reason"]) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_STUCK")
             assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
             watching.cancel()
-        # What the process waits for to end itself, with the device still hanging.
+        # The process waits for this before it exits, with the device still hanging.
         asyncio.run_coroutine_threadsafe(server.server.failed(), server.loop).result(120)
         server.stop().result(60)
         assert not pipeline.came_back.is_set()

@@ -186,7 +186,7 @@ def truncated(message: Message) -> Iterator[bytes]:
 
 
 def test_wire_check_refuses_every_message_that_the_parser_refuses() -> None:
-    """On every cut of messages of all kinds: what is not refused is parsed, and what is refused cannot be."""
+    """For every truncation of messages of all kinds: accepted ones can be parsed, refused ones cannot."""
     messages: list[Message] = [
         request(
             model=pb.ModelReference(repo_id="a", allow_patterns=["b", "c"]), strength=0.5, width=128, num_inference_steps=300

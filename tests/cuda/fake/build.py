@@ -45,7 +45,7 @@ PREFIXES = (
     ("cuda", "libcudart.so.13"),
     ("cu", "libcuda.so.1"),
 )
-"""The library of a function whose name has no version: the first prefix that matches."""
+"""The library of a function whose name has no version: that of the first matching prefix."""
 ALWAYS = ("cudart.so.13", "cuda.so.1", "cublas.so.13", "cublasLt.so.13", "cudnn.so.9", "curand.so.10", "cufft.so.12")
 NAME = re.compile(r"(?:__cuda|cuda|cu[A-Z]|cublas|cudnn|cufft|curand|cusparse|cusolver|cupti|nccl|nvrtc|nvshmem)\w*")
 LOADED_LATER = re.compile(rb"(?<=\0)(?:cu[A-Z]|cudnn[A-Z]|cufft[A-Z]|curand[A-Z])\w{2,80}(?=\0)")
@@ -82,7 +82,7 @@ def consumers(site: Path) -> list[Path]:
 
 
 def digest(paths: Sequence[Path]) -> str:
-    """Of the sources here, and of the names, sizes and times of the binaries."""
+    """The digest of the sources here, and of the names, sizes and times of the binaries."""
     found = hashlib.sha256()
     for path in sorted(HERE.iterdir()):
         if path.suffix in (".cpp", ".h", ".py"):
@@ -129,7 +129,7 @@ def home_of(name: str) -> str | None:
 
 
 def stub(name: str) -> str:
-    """The C++ of a function that nobody wrote by hand."""
+    """The C++ of a stub."""
     if (
         TEXTS.search(name)
         and name.startswith(("cu", "nccl", "nvrtc"))
@@ -145,7 +145,7 @@ def stub(name: str) -> str:
 
 
 def make(library: str, functions: dict[str, str], out: Path, work: Path) -> None:
-    """Compiles one library, with `work` as a folder of its own for what is between."""
+    """Compiles one library, with `work` as its folder of intermediate files."""
     source, extra = BY_HAND.get(re.sub(r"\.\d+$", "", library), ("", ()))
     objects, written = [work / "stubs.o"], set()
     if source:
@@ -164,7 +164,7 @@ def make(library: str, functions: dict[str, str], out: Path, work: Path) -> None
 
 
 def build(site: Path, out: Path) -> bool:
-    """Makes the libraries in `out`. False if they are there already."""
+    """Makes the libraries in `out`. False if they exist already."""
     if missing := sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None}):
         sys.exit(f"the fake CUDA libraries need {', '.join(TOOLS)}: install {' and '.join(missing)} (apt-get install ...)")
     paths = consumers(site)
