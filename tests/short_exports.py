@@ -58,8 +58,8 @@ def brief(preview: bool = False) -> Iterator[None]:
 
 @contextmanager
 def short_speedups() -> Iterator[None]:
-    """Within the block, an export measures one or two speedups of each kind on three images of few steps, and keeps all, since
-    the weights are random."""
+    """Within the block, an export measures one or two speedups of each kind on three images of few steps, and keeps all, although
+    random weights give a low PSNR."""
     with (
         patch.object(speedups, "_PROMPTS", speedups._PROMPTS[:1]),
         patch.object(speedups, "_FULL_SHARES", (0.4,)),

@@ -18,9 +18,9 @@ KINDS = ("plain", "plus", "full")
 ENCODER = "h"
 """The id of the image encoder that image prompts name."""
 TOKENS = 5
-"""The tokens of a "plus" adapter."""
+"""The number of tokens of a "plus" adapter."""
 _WIDTH, _DEPTH = 32, 4
-"""Of its resampler."""
+"""The width and depth of its resampler."""
 
 
 def write_all(folder: Path, model: Path, encoder: Path) -> ImageAdapterFiles:

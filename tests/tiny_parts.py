@@ -23,7 +23,8 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 """The noise schedule of the Stable Diffusion and Kandinsky families."""
 
 _TEMPLATE = "Describe the image by detailing color shape size texture quantity text spatial relationships of objects background"
-"""The template that Qwen-Image puts around a prompt. It drops as many of its tokens as its own vocabulary needs."""
+"""The template that Qwen-Image puts around a prompt. The pipeline drops a fixed number of tokens: those of the template in its
+own vocabulary."""
 _WORDS = ("lake", "mountain", "sunset", "winter", "forest", "the", "a", "with", "and", "at")
 
 

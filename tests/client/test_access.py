@@ -240,7 +240,7 @@ def test_a_token_for_another_machine_needs_tls(monkeypatch: pytest.MonkeyPatch, 
     assert TOKEN not in line
 
 
-def test_there_is_no_flag_for_a_token_value(server: FakeServer, tmp_path: Path) -> None:
+def test_no_flag_takes_a_token_value(server: FakeServer, tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(image_bytes())
     with pytest.raises(SystemExit):
         main(["transform", str(tmp_path / "photo.png"), "--output=-", f"--target={server.target}", f"--token={TOKEN}"])

@@ -53,7 +53,7 @@ def export(*words: str) -> int:
     return main(["export", "model", "--output", "out", *words])
 
 
-def test_defaults_of_flags_are_those_of_the_options(exporter: Exporter) -> None:
+def test_flag_defaults_match_the_options(exporter: Exporter) -> None:
     assert export() == 0
     assert exporter.asked == [ExportOptions(source="model", output=Path("out"))]
 

@@ -165,7 +165,7 @@ def test_pickled_weights_and_code_are_refused(tiny_controlnet: Get, tmp_path: Pa
         export_model(ExportOptions(str(source), tmp_path / "net"))
 
 
-def test_rows_without_residuals_and_image_prompts_are_those_of_the_plain_graph(bundle: Get) -> None:
+def test_rows_without_residuals_and_image_prompts_match_the_plain_graph(bundle: Get) -> None:
     """Bit by bit, for odd sizes too. The further graphs share the weights."""
     unet = bundle("sd1") / "unet"
     component = next(part for part in read_manifest(bundle("sd1")).components if part.name == "unet")

@@ -32,7 +32,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 104)])
-def test_single_images_are_what_diffusers_makes_of_one_frame(vae: Any, size: tuple[int, int]) -> None:
+def test_single_images_match_one_frame_of_diffusers(vae: Any, size: tuple[int, int]) -> None:
     images = torch.rand(2, 3, *size) * 2 - 1
     frames: Any = FrameVae(vae)
     with torch.no_grad():

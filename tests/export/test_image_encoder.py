@@ -53,7 +53,7 @@ def test_an_image_encoder_becomes_a_verified_bundle(letter: str, widths: Encoder
     assert manifest.verification.reference == "PyTorch in fp32"
 
 
-def test_its_graph_computes_what_diffusers_reads(tiny_image_encoder: Get, image_encoder_bundle: Get) -> None:
+def test_graph_outputs_match_diffusers(tiny_image_encoder: Get, image_encoder_bundle: Get) -> None:
     """The projected embedding, and the hidden states before the last layer, for any number of images."""
     model = CLIPVisionModelWithProjection.from_pretrained(tiny_image_encoder("h"))
     pixels = torch.randn(5, 3, 28, 28, generator=torch.Generator().manual_seed(3))

@@ -61,7 +61,7 @@ def loads_as(unet: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_layers_of_known_unets_are_those_of_diffusers(name: str) -> None:
+def test_layers_of_known_unets_match_diffusers(name: str) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNETS[name])
     config = {"_class_name": "UNet2DConditionModel", **unet.config}
@@ -70,7 +70,7 @@ def test_layers_of_known_unets_are_those_of_diffusers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "refiner", "lcm", "sd-inpaint"])
-def test_layers_of_tiny_unets_are_those_of_diffusers(name: str, tiny_model: Get) -> None:
+def test_layers_of_tiny_unets_match_diffusers(name: str, tiny_model: Get) -> None:
     unet = UNet2DConditionModel.from_pretrained(tiny_model(name), subfolder="unet")
     assert list(layer_widths(read_json(tiny_model(name) / "unet" / "config.json"))) == loads_as(unet)
     assert loads_as(unet)
@@ -156,7 +156,7 @@ def in_diffusers(model: Path, adapters: list[dict[str, Any]], scales: list[float
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_rows_have_image_prompts_as_of_adapters_that_diffusers_loads(name: str, bundle: Get, tiny_model: Get) -> None:
+def test_image_prompt_rows_match_adapters_loaded_by_diffusers(name: str, bundle: Get, tiny_model: Get) -> None:
     """A row has none, one has one, one has two. Tokens and adapters are filled up."""
     (component,) = (part for part in read_manifest(bundle(name)).components if part.name == "unet")
     assert component.image_prompts

@@ -174,7 +174,7 @@ def test_pipeline_with_the_graph_encodes_the_same_text(made: Made, read: tuple[i
     assert (found - made.embeds).abs().max() < 1e-5 * made.embeds.abs().max()
 
 
-def test_a_language_model_whose_states_nothing_reads_is_no_graph(made: Made) -> None:
+def test_language_model_with_unread_states_is_not_exported(made: Made) -> None:
     calls = copy.copy(made.calls)
     calls.states = set()
     with pytest.raises(ExportError, match="the pipeline reads none"):

@@ -109,7 +109,7 @@ def test_a_text_without_images_is_read_as_by_transformers(made: Made) -> None:
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (8, 8), (10, 26), (34, 12)], ids=str)
-def test_places_and_windows_are_those_of_transformers(made: Made, grid: tuple[int, int]) -> None:
+def test_places_and_windows_match_transformers(made: Made, grid: tuple[int, int]) -> None:
     config = made.module.config.vision_config
     found = places(config.to_dict(), *grid)
     sizes = torch.tensor([[1, *grid]])

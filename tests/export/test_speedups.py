@@ -82,7 +82,7 @@ def test_settings_that_another_one_beats_are_dropped() -> None:
     assert kept == [(2.0, 30), (1.5, 36), (1.2, 40)]
 
 
-def test_of_many_settings_those_are_kept_that_differ_most() -> None:
+def test_settings_that_differ_most_are_kept() -> None:
     found = [made(2 - index / 20, 30 + index + (0.9 if index == 3 else 0)) for index in range(12)]
     kept = measuring._best(found)
     assert len(kept) == 8

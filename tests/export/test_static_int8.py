@@ -137,7 +137,7 @@ def test_layers_with_different_ranges_of_one_input_keep_their_scales(tmp_path: P
     assert relative_error(run(tmp_path, calls()[2]), expected) < 0.01
 
 
-def test_a_row_does_not_depend_on_the_rest_of_its_batch(tmp_path: Path) -> None:
+def test_row_does_not_depend_on_the_rest_of_its_batch(tmp_path: Path) -> None:
     *_, graph, measured = small()
     layers = {name: (layer, name == "conv") for name, layer in measured.layers.items()}
     to_static_int8(graph, layers).write(tmp_path, Progress(), "small")

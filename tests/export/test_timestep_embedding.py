@@ -57,7 +57,7 @@ def test_the_weights_are_stored_once(bundle: Get) -> None:
     assert (folder / BODY_NAME).stat().st_size < 2 * (folder / "model.onnx").stat().st_size
 
 
-def test_bfloat16_sine_is_accurate_but_of_a_bfloat16_angle_is_not() -> None:
+def test_bfloat16_sine_is_accurate_only_for_fp32_angles() -> None:
     """The accuracy that the split preserves."""
     timesteps = torch.arange(1000.0)
     wave = torch.sin(timesteps)

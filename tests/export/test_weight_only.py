@@ -60,7 +60,7 @@ def written(graph: ExternalWeightsGraph, folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_numbers_are_those_of_onnx_runtimes_quantizer(weight_format: WeightFormat, group_size: int, tmp_path: Path) -> None:
+def test_values_match_onnx_runtimes_quantizer(weight_format: WeightFormat, group_size: int, tmp_path: Path) -> None:
     matrix, graph = layer()
     bits = BITS[weight_format]
     config = DefaultWeightOnlyQuantConfig(block_size=group_size, is_symmetric=False, bits=bits)

@@ -59,7 +59,7 @@ def predict(denoiser: OnnxDenoiser, call: dict[str, Any], further: dict[str, tor
     return torch.as_tensor(found)
 
 
-def test_calls_lack_what_no_row_has(denoiser: OnnxDenoiser, call: dict[str, Any]) -> None:
+def test_missing_inputs_count_as_zeros(denoiser: OnnxDenoiser, call: dict[str, Any]) -> None:
     added, shown = residuals(denoiser), prompts(denoiser)
     assert torch.equal(predict(denoiser, call, added), predict(denoiser, call, added | zeros(shown)))
     assert torch.equal(predict(denoiser, call, shown), predict(denoiser, call, zeros(added) | shown))

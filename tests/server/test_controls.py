@@ -604,7 +604,7 @@ def test_a_mode_as_text_is_an_integer(mode: str) -> None:
         controls_from(f"u:1:0:1:{mode}")
 
 
-def test_what_does_not_go_together_is_refused_by_name(client: Client) -> None:
+def test_incompatible_settings_are_refused_by_name(client: Client) -> None:
     control = Control("a", image_of("a"))
     with pytest.raises(InvalidRequest, match=r"^controls: this model takes no controls: it needs a control graph"):
         client.transform(sample_image(64, 64), model="lcm", controls=[control], **SETTINGS)

@@ -169,7 +169,7 @@ PROBED = (
 
 
 @pytest.mark.parametrize("name", nightly_but(PROBED, "sd1", "lcm", "flux", "flux-dev", "klein", "zimage"))
-def test_model_fields_are_those_that_affect_the_diffusers_image(name: str, load: Load) -> None:
+def test_model_fields_are_the_ones_that_affect_the_diffusers_image(name: str, load: Load) -> None:
     """Arguments of the class without an effect are not fields. Flux has no negative prompts here: its family does not call the
     transformer twice."""
     pipeline, pipe = load(name)

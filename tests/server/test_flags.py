@@ -33,7 +33,7 @@ def _complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return line.removeprefix("img2img serve: ").strip()
 
 
-def test_defaults_of_flags_are_those_of_the_configuration() -> None:
+def test_flag_defaults_match_the_configuration() -> None:
     assert _parse() == ServerConfig(Path("m"))
 
 

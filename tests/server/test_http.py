@@ -335,7 +335,7 @@ def test_a_failed_stream_raises_in_openais_client(client: openai.OpenAI) -> None
     assert caught.value.code == "MODEL_FAILED"
 
 
-def test_errors_match_those_of_grpc(server: RunningServer, native: ImageToImageServiceStub) -> None:
+def test_errors_match_grpcs(server: RunningServer, native: ImageToImageServiceStub) -> None:
     """The same request is refused in the same words by both fronts: there is one check of each field."""
     m = pb.ModelReference(path="m")
     for fields, message in [

@@ -113,7 +113,7 @@ def test_a_replaced_file_is_read_again(tmp_path: Path) -> None:
     assert files.read("a").needs.kind == "plus"
 
 
-def test_ids_pickles_and_missing_folders_are_refused_as_those_of_loras_are(tmp_path: Path) -> None:
+def test_ids_pickles_and_missing_folders_are_refused_as_for_loras(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"")
     files = ImageAdapterFiles(tmp_path)
     for name, reason in (

@@ -39,7 +39,7 @@ def sample(size: tuple[int, int]) -> Image.Image:
 
 @pytest.mark.parametrize("side", [28, 224])
 @pytest.mark.parametrize("size", SIZES)
-def test_pixels_are_those_of_transformers_to_1e_6(size: tuple[int, int], side: int) -> None:
+def test_pixels_match_transformers_to_1e_6(size: tuple[int, int], side: int) -> None:
     """With the settings that diffusers makes for an image encoder."""
     image = sample(size)
     expected = CLIPImageProcessor(size=side, crop_size=side)(image, return_tensors="np")["pixel_values"][0]
@@ -88,7 +88,7 @@ def test_images_are_encoded_as_diffusers_does(encoder: ImageEncoder, tiny_image_
     assert encoder.digest == read_manifest(image_encoder_bundle("h")).digest
 
 
-def test_an_image_is_encoded_alike_in_any_company(encoder: ImageEncoder) -> None:
+def test_image_encoding_does_not_depend_on_the_batch(encoder: ImageEncoder) -> None:
     images = [sample(size) for size in SIZES]
     together, alone = encoder.encode(images), [encoder.encode([image]) for image in images]
     for index in (0, 1):

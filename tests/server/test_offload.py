@@ -37,9 +37,7 @@ def encoder(bundle: Path, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
 @pytest.mark.parametrize("in_fp32", [True, False])
 @pytest.mark.parametrize("name", ["klein", "qwenimage"])
-def test_states_are_those_of_the_same_weights_on_the_device(
-    name: str, dtype: torch.dtype, in_fp32: bool, tiny_model: Get
-) -> None:
+def test_states_match_the_same_weights_on_the_device(name: str, dtype: torch.dtype, in_fp32: bool, tiny_model: Get) -> None:
     module = encoder(tiny_model(name), dtype)
     plain = copy.deepcopy(module)
     if in_fp32:
@@ -139,7 +137,9 @@ def test_bf16_graph_of_a_text_encoder_is_refused(bundle: Get) -> None:
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_estimated_memory_leaves_out_what_is_not_on_the_gpu(on_gpu: bool, bundle: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimated_memory_excludes_weights_that_are_not_on_the_gpu(
+    on_gpu: bool, bundle: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory, "uses_gpu", lambda: on_gpu)
     manifest = read_manifest(bundle("sd3"))
     whole, rest = Estimates(), Estimates(offloads=Execution("cuda", offload="text-encoders").offloads)

@@ -28,7 +28,7 @@ def steps(events: Sequence[Event]) -> list[int]:
 STEPS = tuple(Progress(number, 3, None, None) for number in (1, 2, 3))
 LIFE: tuple[Event, ...] = (Queued(0, 1.0), Started(3), *STEPS)
 END = Completed((), Timings(0, 0, 0, 0))
-"""The default script: returns the job's image."""
+"""The end of scripts: the replica returns the job's image."""
 
 
 @pytest.mark.parametrize("told_before", range(len(LIFE) + 1))

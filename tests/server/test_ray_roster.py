@@ -108,7 +108,7 @@ async def test_a_model_on_no_replica_is_loaded_by_one() -> None:
             assert len(it.replicas.asked) == 3, "it is known to be there"
         assert {asked.model for _, asked in it.replicas.asked} == {"m"}, "it is sent to where requests of it go"
         await it.roster.poll()
-        for error in (ModelMemoryFull, NoReplica, ModelUnavailable):  # the last replica dies while loading
+        for error in (ModelMemoryFull, NoReplica, ModelUnavailable):  # the last: each replica that tries dies
             with pytest.raises(error):
                 async with it.models.using(Source(path="m")):
                     pass

@@ -144,7 +144,7 @@ async def test_models_too_large_when_loaded_are_evicted_and_remembered(folder: P
         await use(it, "b")
 
 
-async def test_on_a_gpu_its_memory_is_the_budget(folder: Path) -> None:
+async def test_free_gpu_memory_is_the_budget(folder: Path) -> None:
     """Without a configured bound: the GPU's free memory decides, and the process's own memory has no effect."""
     async with rig(folder) as it:
         it.memory.gpu = 450 * MB

@@ -234,7 +234,7 @@ def assert_harmless(call: Callable[[], object], folders: Path, sent: str) -> Non
     assert len(str(details["message"])) < 8192, "what was sent is not sent back at length"
 
 
-# The image below the wrappers.
+# Internals must not be in errors.
 
 SECRETS = ("/srv/secret", "hunter2", "Traceback", "RuntimeError")
 

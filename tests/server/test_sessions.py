@@ -49,7 +49,8 @@ def test_pytorch_below_float32_needs_the_accuracy_check(
 def test_session_that_falls_back_to_the_cpu_is_an_error(
     provider: str, bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fake ONNX Runtime that lists all providers, without a probe: only the session shows which one it got."""
+    """A fake ONNX Runtime that lists all providers, and a probe that finds no problem: only the session shows which one it
+    got."""
     if not probe(provider).problem:
         pytest.skip(f"this machine has {provider}")
     folder = bundle("demo")  # Made before anything is played: others share it.

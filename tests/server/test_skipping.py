@@ -29,7 +29,7 @@ class Pipe:
         self.scheduler = scheduler
 
     def get_timesteps(self, *arguments: Any) -> Any:
-        """The image by the scheduler's pipelines' rule."""
+        """The timesteps of the scheduler's img2img pipeline."""
         flow = registry.is_flow(self.scheduler)
         kind = diffusers.StableDiffusion3Img2ImgPipeline if flow else diffusers.StableDiffusionImg2ImgPipeline
         return kind.get_timesteps(self, *arguments)
@@ -103,7 +103,7 @@ def test_a_scheduler_that_draws_noise_calls_the_model_in_all_steps(name: str) ->
 
 
 @pytest.mark.parametrize("kind", [plain, flow])
-def test_noise_levels_and_positions_of_a_part_are_those_of_its_steps(kind: Any) -> None:
+def test_noise_levels_and_positions_of_a_part_match_its_steps(kind: Any) -> None:
     known = kind()
     whole, part = known.get(ask()), known.get_part(ask(), (0, 3, 4, 7))
     steps = (0, 3, 4, 7)

@@ -328,7 +328,7 @@ def test_the_fastest_speedup_that_keeps_the_bound_is_used(model: Model) -> None:
         ({"fidelity": Fidelity(None, min_psnr_db=50.0)}, "no speedup of this model keeps a fidelity of 50 dB"),
     ],
 )
-def test_a_request_that_was_not_measured_for_is_exact_and_is_told_why(model: Model, changes: dict[str, Any], why: str) -> None:
+def test_unmeasured_request_is_exact_with_a_warning(model: Model, changes: dict[str, Any], why: str) -> None:
     model.offer("guidance", least_steps=8)
     request = dataclasses.replace(ask(), **changes)
     plan = model.pipeline.plan(request)

@@ -40,7 +40,7 @@ class Trap:
 
     @property
     def python(self) -> str:
-        """Code that leaves the mark when imported, and has any class."""
+        """Code that leaves the mark when imported, and defines a class."""
         made = "class Evil:\n    from_pretrained = from_config = classmethod(lambda *a, **k: None)\n"
         return f"open({str(self.mark)!r}, 'w').close()\n{made}"
 
