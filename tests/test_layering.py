@@ -2,8 +2,10 @@
 between our packages are in pyproject.toml (import-linter)."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from graphlib import TopologicalSorter
 
@@ -70,3 +72,17 @@ def test_public_classes_of_the_server_have_names_of_their_own() -> None:
     trees = [ast.parse(path.read_bytes()) for path in (REPOSITORY / "server" / "img2img_server").rglob("*.py")]
     names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
     assert [name for name, count in names.items() if count > 1 and not name.startswith("_")] == []
+
+
+def test_drawing_of_the_server_has_its_packages_in_the_order_of_their_layers() -> None:
+    """docs/architecture.md: the rows of the drawing are the layers of import-linter's contract, and each subpackage is in it."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    (contract,) = (one for one in project["tool"]["importlinter"]["contracts"] if one.get("containers") == ["img2img_server"])
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.split("\n[├└].*", page.partition("┌")[2].partition("\n```")[0])
+    drawn = [re.findall(r"│ (\w+)(?: \([^│]*)?[:,]", row) for row in rows]
+    assert drawn == [layer.split(" | ") for layer in contract["layers"] if layer != "__main__"] + [[]]
+    folders = (path.parent for path in (REPOSITORY / "server" / "img2img_server").glob("*/*/__init__.py"))
+    subpackages = {(path.parent.name, path.name) for path in folders}
+    inside = [re.findall(r"│ (\w+) \(([^)]*)\)", re.sub(r",? *│[^│\n]*│\n│ *", ", ", row)) for row in rows]
+    assert {(name, part) for found in inside for name, parts in found for part in parts.split(", ")} == subpackages

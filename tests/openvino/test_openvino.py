@@ -476,7 +476,8 @@ def test_the_graph_for_any_shape_is_right_after_a_call_of_one_place(
 
 
 def test_outputs_keep_the_names_of_the_file(tmp_path: Path) -> None:
-    """Even if the graph reads them, such as the hidden states of a text encoder: OpenVINO reports the alphabetically first name of such an output."""
+    """Even if the graph reads them, such as the hidden states of a text encoder: OpenVINO reports the alphabetically first name
+    of such an output."""
     nodes = [
         helper.make_node("Sin", ["x"], ["/inner"]),
         helper.make_node("Identity", ["/inner"], ["states"]),
