@@ -128,7 +128,7 @@ def _waited(process: "subprocess.Popen[bytes]", seconds: float) -> int:
 
 
 def _fuzz(name: str, words: Sequence[str]) -> int:
-    """In the child process: fuzzes until libFuzzer ends the process."""
+    """Runs in the child process: fuzzes until libFuzzer ends the process."""
     import logging
 
     import atheris  # type: ignore[import-untyped]
@@ -143,7 +143,7 @@ def _fuzz(name: str, words: Sequence[str]) -> int:
 
 
 def _replay(target: Target, path: Path) -> int:
-    """Runs one input. Raises what it finds."""
+    """Runs one input. Raises an error for a finding."""
     with contextlib.ExitStack() as stack:
         target.make(stack)(path.read_bytes())
     print("no finding")

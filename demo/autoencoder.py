@@ -45,7 +45,7 @@ class AutoencoderRecipe:
     latent_noise: float = 0.3
     """Each image's latents get noise of a standard deviation from 0 to this."""
     scale_weight: float = 0.5
-    """Of the loss of images decoded from smaller latents, against the smaller images."""
+    """The weight of the loss of images decoded from smaller latents, against the smaller images."""
     roughness_weight: float = 0.06
     spread_weight: float = 1.0
     seed: int = 4
@@ -142,7 +142,7 @@ def roughness(latents: Tensor) -> Tensor:
 
 
 def _excess(latents: Tensor) -> Tensor:
-    """By how much channels spread more than 1, and how far their means are from 0."""
+    """The excess of the channels' spread over 1, and the distance of their means from 0."""
     spread = (latents.square().mean(dim=(0, 2, 3)) - 1).clamp(min=0).mean()
     excess: Tensor = spread + 0.1 * latents.mean(dim=(0, 2, 3)).square().mean()
     return excess

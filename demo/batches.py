@@ -82,7 +82,7 @@ class Mixture:
     pair_share: float = 0.8
     other_source_share: float = 0.25
     other_layout_share: float = 0.0
-    """Of pairs whose source is of another layout than the target, which only a control image then shows."""
+    """The share of pairs whose source has another layout than the target, which only a control image then shows."""
     earliest_start: int = 450
     latest_start: int = 930
 

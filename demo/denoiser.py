@@ -43,7 +43,7 @@ class DenoiserRecipe:
 
     @property
     def steps(self) -> int:
-        """Of all phases."""
+        """The number of steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
     def phase_of(self, step: int) -> Phase:

@@ -127,7 +127,7 @@ def drawn_outlines(image: Floats, cases: list[Case]) -> int:
 
 
 def _centered(values: Floats) -> Floats:
-    """As a vector, with a mean of 0 and a length of 1."""
+    """The image as a vector, with a mean of 0 and a length of 1."""
     centered = (values - values.mean()).ravel()
     unit: Floats = centered / np.linalg.norm(centered)
     return unit

@@ -41,7 +41,7 @@ class Record:
     units: float
     sent: float
     latency: float = 0.0
-    """From when it was sent (in an open loop: from when it was due) to the whole answer."""
+    """Seconds from sending (in an open loop: from the due time) to the complete response."""
     queue: float | None = None
     """The waiting time that the server reports."""
     estimate: float | None = None

@@ -114,7 +114,7 @@ class ServerProcess:
         return float(sum(sum(process.cpu_times()[:2]) for process in self._family()))
 
     def _family(self) -> list[psutil.Process]:
-        """Its process and all that it started, in whatever session."""
+        """Its process and all descendants, in any session."""
         own = psutil.Process(self.pid)
         return [own, *own.children(recursive=True)]
 

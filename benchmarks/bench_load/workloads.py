@@ -81,7 +81,7 @@ class Workload:
     load: float = 0.0
     foreground: Draw | None = None
     share: float = 1.0
-    """Its share of the seconds of a round."""
+    """The share of the seconds of a round."""
 
 
 def draw_mixed(source_of: random.Random) -> Job:

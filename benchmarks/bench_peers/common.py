@@ -87,14 +87,14 @@ class Device:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.make_now, batch)
 
     def load(self) -> None:
-        """As `start`, on the calling thread, which then calls `make_now`."""
+        """The same as `start`, on the calling thread, which then calls `make_now`."""
         self._pipeline = self._load()
         self._pipeline.set_progress_bar_config(disable=True)
         for guidance_scale in (7.5, 1.0):
             self.make_now([Arguments(DEFAULT_PROMPT, None, Image.new("RGB", (64, 64)), 1.0, 2, guidance_scale, 0)])
 
     def make_now(self, batch: Sequence[Arguments]) -> list[Image.Image]:
-        """As `make`, on the calling thread."""
+        """The same as `make`, on the calling thread."""
         import torch
 
         first = batch[0]

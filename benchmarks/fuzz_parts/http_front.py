@@ -70,7 +70,7 @@ class Transport(asyncio.Transport):
         self._closing = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Takes what is written."""
+        """Stores written data."""
         self.written += data
 
     def is_closing(self) -> bool:
@@ -93,7 +93,7 @@ class Transport(asyncio.Transport):
 
 
 class Transforms:
-    """In place of ImageToImageService: the request is looked at, and answered with the image that it brought."""
+    """Replaces ImageToImageService: checks the request, and returns its own image."""
 
     async def transform(self, request: Any, context: Any, accept: Callable[[Any], object], reading: Any = None) -> Any:
         """The result of a request."""
@@ -122,7 +122,7 @@ def _result(request: Any) -> Any:
 
 
 class Models:
-    """In place of ModelService: it has one model."""
+    """Replaces ModelService: it has one model."""
 
     async def ListModels(self, request: Any, context: Any) -> Any:
         """The model."""
@@ -138,7 +138,7 @@ class Models:
 
 
 class _Room:
-    """In place of the engine: there is always room."""
+    """Replaces the engine: its queue is never full."""
 
     def reserve(self, client: str) -> contextlib.AbstractContextManager[None]:
         """A slot."""

@@ -67,7 +67,7 @@ VALID: dict[str, Sequence[Message]] = {
         reflection_pb2.ServerReflectionRequest(file_containing_symbol="img2img.v1.ModelService"),
     ],
 }
-"""By the name of the message type."""
+"""Seeds by the name of the message type."""
 IMAGES = tuple(image_file(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"))
 URIS = (_URI, "data:,a%20b", "asset:" + "0" * 64, "https://example.com/a.png", "http://[::1]:80/", "file:///a/b.png", "DATA:;x,")
 SETTINGS = (

@@ -44,7 +44,7 @@ SECTIONS = (
     Section("compile-sd15", 150),
     Section("compile-sdxl", 200, "sdxl"),
 )
-"""In the order in which they run, by importance: sections without time left are skipped."""
+"""The sections in their order, by importance: those without time left are skipped."""
 _MAKE_LIMIT, _FILL_LIMIT = 600.0, 120.0
 _LEAST = 5.0
 """Minimum seconds left to start a section."""
@@ -221,7 +221,7 @@ def _prepare(section: Section, settings: Settings, runs: Runs, making: set[str],
 
 
 def run_section(name: str, settings: Settings) -> None:
-    """In the child process: runs a section and appends its lines immediately, or makes graphs or weights."""
+    """Runs in the child process: runs a section and appends its lines immediately, or makes graphs or weights."""
     step, _, model = name.partition("-")
     if step in ("make", "fill"):
         from gpu_check import weightless

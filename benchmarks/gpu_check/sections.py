@@ -154,7 +154,7 @@ def image(settings: Settings) -> Iterator[Line]:
 
 
 def cold(settings: Settings) -> Iterator[Line]:
-    """From the start of a process to the first image, with the weights' files in memory."""
+    """The time from the start of a process to the first image, with the weights' files in memory."""
     begun = time.monotonic()
     subprocess.run([sys.executable, "-m", "gpu_check", *settings.words(), "--section", "first-image"], check=True)
     line = Line("cold start", "process start to first image, sd15", time.monotonic() - begun, "s")

@@ -20,7 +20,7 @@ FLOORS = {
 """Lower bounds in milliseconds of an H200, at 790 TFLOP/s and 4.3 TB/s."""
 
 READY_NAME = ".ready"
-"""In the folder of a model whose graphs, or whose weights, are complete: their precision."""
+"""Files in a model's folder that mark its graphs, or its weights, as complete; they contain the precision."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 SIZES = ((64, 64), (96, 64), (128, 128))
 STEPS = (4, 6, 8, 12)
 TOLERANCE = 1
-"""Of 255, for each pixel: the guaranteed agreement of an image in any batch with the same image alone."""
+"""The guaranteed maximum difference, of 255 for each pixel, of an image in any batch from the same image alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ _SMALL = {"unet": ("sample", (9, 11)), "vae_encoder": ("sample", (72, 88)), "vae
 """Input sizes for tracing: odd, so that no size is frozen into the graph, and small, for speed."""
 
 _TRACED_TOKENS = 13
-"""Of a language model, which takes any number."""
+"""The number of tokens to trace a language model with, which takes any number."""
 
 STATIC = frozenset({"unet", VAE})
 """Components with graphs in static int8."""
@@ -352,7 +352,7 @@ class Converter:
         return _Written(part, cases, further, "; ".join(troubles), kept, cost)
 
     def _described(self, name: str, module: Any, calls: Calls) -> tuple[Part, Tensors, list[Case], float | None]:
-        """As `described`, and the cost of the light graph, None if there is none to make; with one, the graph has the deep
+        """The results of `described`, and the cost of the light graph, None without one; with one, the graph has the deep
         features as an output."""
         part, example, cases = described(name, module, calls)
         if not self._options.speedups or not light_graph.has_light_graph(module):

@@ -28,7 +28,7 @@ class ControlImage:
     end: float = 1.0
 
     def fitted(self, model: "ModelInfo", offered: Sequence[str]) -> Self | None:
-        """As the model takes it, None if it does not: `offered` are the ControlNets that fit."""
+        """The control image in the form that the model takes, None if it takes none. `offered` are the ControlNets that fit."""
         if names_controlnets(model):
             name = self.model or next(iter(offered), "")
             return replace(self, model=name) if name else None

@@ -41,7 +41,8 @@ class Entry:
 
 
 class History:
-    """At most `entries` entries and `most_bytes` bytes of images; the oldest are evicted first, the newest is always kept.
+    """The results of a session: at most `entries` entries and `most_bytes` bytes of images. The oldest are evicted first; the
+    newest is always kept.
 
     An image that several entries share, such as a common source, counts once.
     """

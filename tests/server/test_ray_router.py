@@ -147,7 +147,7 @@ async def test_state_of_lost_replicas_is_dropped() -> None:
     await _send(router)
     router.on_replica_actor_died(gone.replica_id)
     _update(router, stays)
-    assert set(router._standings) == {stays.replica_id}
+    assert set(router._replica_states) == {stays.replica_id}
     assert not router._dead
 
 

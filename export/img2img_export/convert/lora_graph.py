@@ -26,7 +26,7 @@ _WITHIN: dict[str, tuple[str, ...]] = {
     "QwenImageTransformer2DModel": _EVERYWHERE,
     "ZImageTransformer2DModel": _EVERYWHERE,
 }
-"""By the module's class, parts of the names of layers that LoRAs adapt. Trainers adapt all linear layers of transformers."""
+"""Parts of the names of layers that LoRAs adapt, by the module's class. Trainers adapt all linear layers of transformers."""
 
 _EXAMPLE_RANK, _EXAMPLE_KERNEL_RANK = 3, 2
 

@@ -318,8 +318,8 @@ def flux_arguments(model: Any, inputs: Tensors) -> Iterator[dict[str, Any]]:
 
 
 def _where(inputs: Tensors) -> _Where:
-    """Of the text's tokens, followed by the image's. The bias is in the weights' type: torch would export a mask in fp32, and the
-    products after it."""
+    """The rotary tables and mask of the text's tokens, followed by the image's. The bias is in the weights' type: torch would
+    export a mask in fp32, and the products after it."""
     tables = torch.cat([inputs["text_rotary"], inputs[MARK]], dim=1)
     bias = None
     if "text_mask" in inputs:

@@ -276,7 +276,7 @@ def _by_component(
 
 
 def _is_wanted(name: str, allow_patterns: tuple[str, ...], ignore_patterns: tuple[str, ...]) -> bool:
-    """Like on the hub: matches an allowed pattern (if any are given) and no ignored pattern."""
+    """Whether the name matches an allowed pattern (if any are given) and no ignored pattern, as on the hub."""
 
     def matches(patterns: tuple[str, ...]) -> bool:
         return any(fnmatch.fnmatch(name, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)

@@ -22,7 +22,7 @@ _SCALES = (1.0, 0.5, -1.5)
 _TIME_IDS = 6
 """Numbers of SDXL's base model that say the image's size."""
 _SPREAD = 0.3
-"""Of random residuals. The states that they are added to have about 1."""
+"""The standard deviation of random residuals. That of the states that they are added to is about 1."""
 _PIXELS = 16
 """Pixels of a token of Flux, on each side."""
 
@@ -37,7 +37,7 @@ def described(module: Any, height: int, width: int) -> tuple[Part, Tensors, list
 
 
 def _described_of_flux(module: Any, height: int, width: int) -> tuple[Part, Tensors, list[Case]]:
-    """As `described`. The expected samples of each row are those of diffusers' own `forward` for the row alone."""
+    """The same as `described`. The expected samples of each row are those of diffusers' own `forward` for the row alone."""
     part, kind = flux_control.control_part(module)
     cases = []
     for rows, h, w in _BATCHES:

@@ -13,10 +13,10 @@ from img2img_export.convert.image_prompts import layers_of
 from img2img_export.convert.parts import Tensors
 
 _TOKENS = (4, 3)
-"""Of each adapter. Row 0 has no image prompt, row 1 that of the first adapter, the others have both."""
+"""The number of tokens of each adapter. Row 0 has no image prompt, row 1 that of the first adapter, the others have both."""
 _SCALES = [0.8, -0.5]
 _WIDTH = 8
-"""Of a token: small, since the processors' weights take memory."""
+"""The width of a token: small, since the processors' weights take memory."""
 
 
 def random_prompts(unet: Any, rows: int) -> tuple[Tensors, contextlib.AbstractContextManager[None]]:

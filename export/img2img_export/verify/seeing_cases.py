@@ -75,7 +75,7 @@ def _features(module: Any, call: Tensors) -> torch.Tensor:
 
 
 def _tower_case(part: Part, module: Any, name: str, call: Tensors) -> Case:
-    """Of the call's first image."""
+    """The comparison for the call's first image."""
     _, height, width = call["image_grid_thw"][0].tolist()
     first = {"pixel_values": call["pixel_values"][: height * width], "image_grid_thw": call["image_grid_thw"][:1]}
     with torch.no_grad():

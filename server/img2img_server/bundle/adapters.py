@@ -16,7 +16,7 @@ ADAPTERS, RANK = "adapters", "rank"
 KERNEL_RANK, KERNEL_TAPS = "kernel_rank", "kernel_taps"
 """Names of the variable axes of the matrices; the last two are of 3 x 3 convolutions: the rank, and nine times the rank."""
 TAPS = 9
-"""Of a 3 x 3 convolution."""
+"""The number of positions of a 3 x 3 convolution."""
 RANKS = (16, 32, 64)
 """The ranks that calls are padded to with zeros. The last is the largest rank of the LoRAs of one request together."""
 

@@ -44,7 +44,7 @@ class Job:
     work: float = 1.0
     """How many times longer a step takes than one of as many plain rows, which the costs are of (see Plan)."""
     steps_done: float = 0.0
-    """As if they had been like its next step."""
+    """Steps that are done, counted in steps like its next one."""
 
     @property
     def seconds(self) -> JobSeconds:

@@ -112,7 +112,7 @@ class Estimates:
 
 
 PLAIN = Estimates()
-"""Of a server without LoRAs and offload."""
+"""The estimates of a server without LoRAs and offload."""
 
 
 def uses_gpu() -> bool:

@@ -48,7 +48,7 @@ class Companion:
     source_rule: SourceRule = STRETCHED
     owner: Any = None
     threads = 1
-    """Of torch: the graph has its own."""
+    """torch's threads; the graph has its own."""
     native_size: tuple[int, int]
     size_multiple: int
 
@@ -88,7 +88,7 @@ class Companion:
         """Returns None: the call is done, since `denoise` reads its results."""
 
     def preview(self, states: Sequence[_Trial]) -> Sequence[Image.Image | None]:
-        """There are none."""
+        """Returns no previews."""
         return [None] * len(states)
 
     def finish(self, states: Sequence[_Trial]) -> Sequence[Sequence[Image.Image]]:

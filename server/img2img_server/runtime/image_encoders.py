@@ -17,7 +17,7 @@ from img2img_server.runtime.onnx.modules import Graph
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pixels that CLIP was trained with, by channel. diffusers has no others for image prompts."""
+"""The mean and deviation of CLIP's training pixels, by channel. diffusers has no others for image prompts."""
 
 
 class ImageEncoder(Companion):
@@ -66,7 +66,7 @@ class ImageEncoder(Companion):
 
     @torch_call
     def encode_nothing(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `encode`, for diffusers' empty image, which stands beside the negative prompt: the embedding is zeros, and the
+        """The same as `encode`, for the empty image that diffusers uses with the negative prompt: the embedding is zeros, and the
         hidden states are those of normalized pixels that are zeros."""
         embeds, states = self._encode([np.zeros((3, self.side, self.side), np.float32)])
         return torch.zeros_like(embeds), states

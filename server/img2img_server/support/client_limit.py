@@ -8,7 +8,8 @@ from img2img_server.errors import ClientBusy, Exhausted
 
 
 class ClientLimit:
-    """At most `total` of `what` (a plural, for errors) at a time, and at most `each` of one client. `retry` is in seconds.
+    """Limits uses of a resource: at most `total` of `what` (a plural, for errors) at a time, and at most `each` of one client.
+    `retry` is in seconds.
 
     Used on the event loop only.
     """

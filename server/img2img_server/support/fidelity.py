@@ -38,7 +38,7 @@ class Fidelity:
         return self.min_ssim or 0.0
 
     def __str__(self) -> str:
-        """As `api/fidelity.py` reads it: a level, decibels ("32 dB") or an SSIM ("0.95")."""
+        """The text that `api/fidelity.py` reads: a level, decibels ("32 dB") or an SSIM ("0.95")."""
         if self.level is not None:
             return self.level
         return f"{self.min_psnr_db:.12g} dB" if self.min_psnr_db is not None else f"{self.min_ssim:.12g}"

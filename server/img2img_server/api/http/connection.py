@@ -21,7 +21,7 @@ from uvicorn.server import ServerState
 _log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 16 * 2**10
-"""Of a request's line and headers, as MAX_METADATA_BYTES of a gRPC call."""
+"""Maximum bytes of a request's line and headers, like MAX_METADATA_BYTES of a gRPC call."""
 MAX_HEADERS = 100
 """Headers of a request."""
 MAX_CHUNKS, BYTES_PER_CHUNK = 1024, 256

@@ -19,7 +19,7 @@ _STATUSES = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
-"""As google.rpc.Code maps them (google/rpc/code.proto)."""
+"""HTTP's status by gRPC's, as google.rpc.Code maps them (google/rpc/code.proto)."""
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _MAX_TEXT = 2000
 _FIELDS = {

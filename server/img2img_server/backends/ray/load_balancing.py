@@ -13,7 +13,7 @@ _EACH = 1.0
 
 
 @dataclass(slots=True)
-class Standing:
+class ReplicaState:
     """A front's view of one replica.
 
     It has last reported `seconds` of work (None if unknown, infinite if it is stuck) of `requests` requests, and the `resident`
@@ -56,17 +56,17 @@ def stats_of(seconds: float | None, requests: int, resident: Iterable[str]) -> d
     return {"seconds": None if seconds is None else round(seconds, 3), "requests": requests, "resident": sorted(resident)}
 
 
-def choose(standings: dict[str, Standing], model: str, spread_after: float) -> str | None:
+def choose(states: dict[str, ReplicaState], model: str, spread_after: float) -> str | None:
     """The replica for a request of `model`: the one with the least work. A replica without the model in memory counts as
     `spread_after` seconds busier. Equal ones are chosen in turn. None if there are no replicas."""
 
     def cost(name: str) -> tuple[float, int, int]:
-        standing = standings[name]
-        there = not model or model in standing.resident or model in standing.coming
-        absent = 0.0 if there else spread_after
-        return standing.queued_seconds + absent, standing.sent, standing.chosen
+        state = states[name]
+        has_model = not model or model in state.resident or model in state.coming
+        absent = 0.0 if has_model else spread_after
+        return state.queued_seconds + absent, state.sent, state.chosen
 
-    return min(standings, key=cost, default=None)
+    return min(states, key=cost, default=None)
 
 
 QUEUED_SECONDS = "queued_seconds"

@@ -15,7 +15,7 @@ from typing import Any
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from img2img_server.backends.ray.load_balancing import Standing, choose
+from img2img_server.backends.ray.load_balancing import ReplicaState, choose
 
 _log = logging.getLogger("img2img_server.backends.ray.router")
 _AGAIN = 1.0
@@ -32,7 +32,7 @@ class LeastWorkRouter(RequestRouter):
     def initialize_state(self, **kwargs: Any) -> None:
         """Reads `request_router_kwargs`: `spread_after` in seconds."""
         self._spread_after: float = kwargs["spread_after"]
-        self._standings: dict[ReplicaID, Standing] = {}
+        self._replica_states: dict[ReplicaID, ReplicaState] = {}
         self._away: dict[ReplicaID, asyncio.Task[None]] = {}
         self._dead: set[ReplicaID] = set()
         self._choices = itertools.count(1)
@@ -45,15 +45,15 @@ class LeastWorkRouter(RequestRouter):
             pending_request.routing_context.should_backoff = True
         there = {one.replica_id: one for one in candidate_replicas if one.replica_id not in self._away}
         for replica_id, replica in there.items():
-            self._standing(replica_id).update(replica.routing_stats)
+            self._state_of(replica_id).update(replica.routing_stats)
         by_name = {replica_id.unique_id: replica_id for replica_id in there}
-        standings = {name: self._standing(replica_id) for name, replica_id in by_name.items()}
+        states = {name: self._state_of(replica_id) for name, replica_id in by_name.items()}
         model = _model_of(pending_request)
-        name = choose(standings, model, self._spread_after)
+        name = choose(states, model, self._spread_after)
         if name is None:
             return []
-        standings[name].coming.add(model)
-        standings[name].chosen = next(self._choices)
+        states[name].coming.add(model)
+        states[name].chosen = next(self._choices)
         return [[there[by_name[name]]]]
 
     async def _select_from_candidate_replicas(
@@ -66,19 +66,19 @@ class LeastWorkRouter(RequestRouter):
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Counts a request sent to the replica."""
-        self._standing(replica_id).sent += 1
+        self._state_of(replica_id).sent += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Counts a request's end."""
-        standing = self._standing(replica_id)
-        standing.sent = max(0, standing.sent - 1)
+        state = self._state_of(replica_id)
+        state.sent = max(0, state.sent - 1)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Updates the replicas from the controller, which may still list dead ones."""
         present = {replica.replica_id for replica in replicas}
         self._dead &= present
-        for replica_id in [known for known in self._standings if known not in present]:
-            del self._standings[replica_id]
+        for replica_id in [known for known in self._replica_states if known not in present]:
+            del self._replica_states[replica_id]
         super().update_replicas([replica for replica in replicas if replica.replica_id not in self._dead])
 
     async def _probe_queue_lens(
@@ -115,8 +115,8 @@ class LeastWorkRouter(RequestRouter):
         finally:
             del self._away[replica_id]
 
-    def _standing(self, replica_id: ReplicaID) -> Standing:
-        return self._standings.setdefault(replica_id, Standing())
+    def _state_of(self, replica_id: ReplicaID) -> ReplicaState:
+        return self._replica_states.setdefault(replica_id, ReplicaState())
 
 
 def _model_of(pending_request: PendingRequest | None) -> str:

@@ -47,7 +47,7 @@ _MODEL = {
 _LATER = re.compile(r"_\d+$")
 """Ends the names of the further tokens of a textual inversion, which diffusers inserts into texts."""
 _MOST_TOKENS = 10**6
-"""At least this is transformers' number for tokenizers without a limit."""
+"""transformers' number for tokenizers without a limit is at least this."""
 
 
 class LightCLIPTokenizer:

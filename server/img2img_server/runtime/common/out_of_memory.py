@@ -32,7 +32,7 @@ KEEPERS: WeakSet[Keeper] = WeakSet()
 
 _OWN, _ALL = 1, 2
 _given_back: dict[Hashable, int] = {}
-"""By model that ran out of memory in its last call: whose caches were freed (_OWN or _ALL)."""
+"""The caches that were freed (_OWN or _ALL), by model that ran out of memory in its last call."""
 
 _SIGNS = (
     "out of memory",  # CUDA itself: "CUDA failure 2: out of memory", "CUDA error: out of memory"

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 METHOD = "img2img"
 """The name of this way among transformers'."""
 BITS = {"int8": 8, "int4": 4}
-"""By the format of weights."""
+"""The bits of a weight by the format of weights."""
 _PACKED = ".packed"
 
 
@@ -43,7 +43,7 @@ class WeightOnlyLinear(torch.nn.Module):
         return self.scales[:0]
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Of states [..., inputs], [..., outputs]."""
+        """The layer's output [..., outputs] for states [..., inputs]."""
         return torch.nn.functional.linear(states, self.weights().to(states.dtype), self.bias)
 
     def weights(self) -> torch.Tensor:
@@ -69,7 +69,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):  # type: ignore[misc] # transfo
 
     @classmethod
     def read(cls, folder: Path, bits: int) -> "WeightOnlyConfig":
-        """Of the safetensors files in a module's folder. Raises ValueError if their shapes do not fit `bits`."""
+        """Reads it from the safetensors files in a module's folder. Raises ValueError if their shapes do not fit `bits`."""
         shapes: dict[str, list[int]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:

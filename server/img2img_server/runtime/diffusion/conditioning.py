@@ -106,7 +106,7 @@ class Encoder:
         return self._images([(request.cache_scope, use.image, use.image_digest) for use in uses], "control")
 
     def masked_images(self, requests: Sequence[Request], masks: Sequence[Mask]) -> list[SimpleNamespace]:
-        """Like `images`, of the images without what their masks have redrawn."""
+        """Like `images`, for the images without the redrawn parts of their masks."""
         wanted = []
         for request, mask in zip(requests, masks, strict=True):
             digest = request.image_digest + mask.digest if request.image_digest and mask.digest else b""
@@ -118,7 +118,7 @@ class Encoder:
     def sized_images(
         self, requests: Sequence[Request], pixels: Callable[[Image.Image, tuple[int, int]], torch.Tensor]
     ) -> list[SimpleNamespace]:
-        """Like `images`, of the images at the sizes of their requests' results: `pixels` makes the VAE's input of an image and a
+        """Like `images`, for the images at the sizes of their requests' results: `pixels` makes the VAE's input of an image and a
         size."""
         wanted = []
         for request in requests:

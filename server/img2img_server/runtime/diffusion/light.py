@@ -175,7 +175,7 @@ LIGHT: Mapping[str, type[LightLatentConsistency]] = {
     "StableDiffusionXLImg2ImgPipeline": LightStableDiffusionXL,
     "LatentConsistencyModelImg2ImgPipeline": LightLatentConsistency,
 }
-"""By the diffusers class that each stands in for."""
+"""The light classes by the names of the diffusers classes that they replace."""
 
 
 def _latents(output: Any, generator: torch.Generator) -> torch.Tensor:

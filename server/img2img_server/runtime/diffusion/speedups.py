@@ -35,7 +35,7 @@ class Chosen:
 
     @property
     def used(self) -> UsedSpeedup | None:
-        """As the plan reports it."""
+        """The speedup for the request's plan, None if it has none."""
         one = self.speedup
         return None if one is None else UsedSpeedup(one.name, self.times_faster, one.psnr_db, one.ssim)
 

@@ -24,7 +24,7 @@ class StableDiffusion3(SteppedPipeline):
     mask_use = "optional"
 
     def plan(self, request: Request) -> Plan:
-        """As of every family. Raises InvalidField for an image that is larger than the transformer's positions."""
+        """The plan of a request. Raises InvalidField for an image that is larger than the transformer's positions."""
         most = (self._denoiser.config.get("pos_embed_max_size") or 0) * self.size_multiple
         for field, side in zip(("width", "height"), request.image.size, strict=True):
             if 0 < most < side:

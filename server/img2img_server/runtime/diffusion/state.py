@@ -68,7 +68,7 @@ class DiffusionState:
     prompts: PromptStates | None = None
     """Its image prompts."""
     predicted: Predicted | None = None
-    """Of the last step, if a preview is due."""
+    """The prediction of the last step, if a preview is due."""
     speedup: Speedup | None = None
     light: tuple[bool, ...] = ()
     difference: torch.Tensor | None = None

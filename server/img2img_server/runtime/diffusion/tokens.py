@@ -46,7 +46,7 @@ class TokenPipeline(SteppedPipeline):
             self.fields = {**self.fields, **masked_fields(self._inpainting, self.fields)}
 
     def plan(self, request: Request) -> Plan:
-        """As of every family. Raises InvalidField for an image or a text that the model does not take."""
+        """The plan of a request. Raises InvalidField for an image or a text that the model does not take."""
         check_sources(self._pipe, request)
         check_texts(self._pipe, self._read_texts(request))
         for size in self._sizes(request)[1:]:

@@ -20,7 +20,7 @@ class PromptStates:
 
 
 def of_prompts(prompts: Sequence[tuple[torch.Tensor, torch.Tensor | None]], dtype: torch.dtype) -> PromptStates:
-    """Of prompts in order, each with keys and values [T, W] of the prompt's rows and of the negative prompt's."""
+    """The states of prompts in order, each with keys and values [T, W] of the prompt's rows and of the negative prompt's."""
     longest = max(len(positive) for positive, _ in prompts)
     negatives = [negative for _, negative in prompts if negative is not None]
     bias = torch.full((len(prompts), longest), PADDING)

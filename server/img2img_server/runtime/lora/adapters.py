@@ -21,7 +21,7 @@ _MOST_RANK = RANKS[-1]
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 Matrices = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""By module: `down` [rank * taps, in] and `up` [out, rank], with alpha / rank in it (bundle/adapters.py)."""
+"""Matrices by module: `down` [rank * taps, in] and `up` [out, rank], with alpha / rank in it (bundle/adapters.py)."""
 
 
 def by_taps(down: torch.Tensor, taps: int) -> torch.Tensor:

@@ -234,10 +234,10 @@ def _quantized(folder: Path, weight_format: WeightFormat) -> Any:
 
 
 class _NoLogits(torch.nn.Module):
-    """In place of a language model's last layer."""
+    """Replaces a language model's last layer."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Of states [B, T, D] none, [B, T, 0]."""
+        """Empty logits [B, T, 0] for states [B, T, D]."""
         return states[..., :0]
 
 

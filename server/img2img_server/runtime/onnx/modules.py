@@ -254,7 +254,7 @@ class OnnxDenoiser(OnnxModule):
 
     @functools.cached_property
     def _signature(self) -> inspect.Signature:
-        """Of the class's `forward`."""
+        """The signature of the class's `forward`."""
         return inspect.signature(getattr(diffusers, self.config["_class_name"]).forward)
 
     @property

@@ -126,7 +126,7 @@ class QwenTokens(TokenGraph):
         return found
 
     def inputs(self, call: Mapping[str, Any]) -> Tensors:
-        """Also those of `conditions`."""
+        """The base's inputs and those of `conditions`."""
         sizes = [[(height, width) for _, height, width in shapes] for shapes in call["img_shapes"]]
         rows = [self.conditions(text, some) for text, some in zip(call["encoder_hidden_states"], sizes, strict=True)]
         found = join(rows) | {name: call[name] for name in ("hidden_states", "timestep")}
@@ -208,7 +208,7 @@ GRAPHS: dict[str, type[TokenGraph]] = {
     "QwenImageTransformer2DModel": QwenTokens,
     "ZImageTransformer2DModel": ZTokens,
 }
-"""By diffusers' class."""
+"""The graphs' classes by the name of diffusers' class."""
 
 
 def join(rows: Sequence[Tensors]) -> Tensors:
