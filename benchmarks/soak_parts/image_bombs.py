@@ -66,19 +66,6 @@ def png_split(count: int) -> bytes:
     return data[:at] + chunk(b"IDAT") * count + data[at:]
 
 
-def deflate_of_nothing(count: int) -> bytes:
-    """A zlib stream with `count` empty blocks before its data."""
-    return b"\x78\x01" + b"\x00\x00\x00\xff\xff" * count + zlib.compress(bytes(25 * 8))[2:]
-
-
-def deflate_of_tables(count: int) -> bytes:
-    """A zlib stream of `count` blocks with large Huffman tables and little data: a decoder builds each table."""
-    maker = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY)
-    text = bytes(range(256)) * 2
-    block = maker.compress(text) + maker.flush(zlib.Z_FULL_FLUSH)
-    return b"\x78\x01" + block * count
-
-
 def gif(*extensions: bytes, size: tuple[int, int] = (8, 8)) -> bytes:
     """A GIF with extensions before its image."""
     data = saved(size, "GIF", "P")

@@ -170,7 +170,7 @@ def test_widths_are_known_without_loading(control_bundle: Get, image_encoder_bun
     registry = ModelRegistry.find_bundles(tmp_path, load)  # type: ignore[arg-type]
     found = {model.id: model.encoder_widths for model in registry}
     assert found == {"net": None, "clip": EncoderWidths(24, 32), "wide": EncoderWidths(40, 48)}
-    assert [model.id for model in registry if model.is_image_encoder] == ["clip", "wide"]
+    assert [model.id for model in registry if model.manifest and model.manifest.family == FAMILY] == ["clip", "wide"]
 
 
 def test_a_graph_of_something_else_is_refused() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from img2img_server.bundle import controls, image_encoders
+from img2img_server.bundle import controls
 from img2img_server.bundle.companions import FAMILIES
 from img2img_server.bundle.control_kinds import ControlKind, control_kind
 from img2img_server.bundle.image_adapters import PromptKind, prompt_kind
@@ -142,11 +142,6 @@ class Model:
     def is_controlnet(self) -> bool:
         """Whether it is a ControlNet, which other models' requests name."""
         return self.manifest is not None and self.manifest.family == controls.FAMILY
-
-    @property
-    def is_image_encoder(self) -> bool:
-        """Whether it is an image encoder, which other models' requests with image prompts use."""
-        return self.manifest is not None and self.manifest.family == image_encoders.FAMILY
 
     @property
     def companion(self) -> str:
