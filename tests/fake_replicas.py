@@ -152,5 +152,5 @@ async def rig(*scripts: Script, **limits: Any) -> AsyncIterator[Rig]:
 
 
 def loads(it: Rig, *given: Load) -> None:
-    """From the next look on, replicas are this busy."""
+    """Sets the replicas' loads from the next poll on."""
     it.replicas.looks = {f"r{n}": Look(f"r{n}", load, (CARD,), None) for n, load in enumerate(given)}

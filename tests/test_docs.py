@@ -52,7 +52,7 @@ DOCUMENTS = sorted(
     for pattern in ("*.md", "docs/*.md", "demo/*.md", "clients/*.md", "clients/*/*.md", "deploy/*.md", "deploy/*/*.md")
     for path in REPOSITORY.glob(pattern)
 )
-"""All that is written for people."""
+"""All pages for people."""
 
 _NAMING_FILES = ("architecture", "operations", "devices", "monitoring", "security", "reliability", "export", "extending")
 

@@ -59,7 +59,8 @@ def test_soak_fails_if_a_server_sometimes_returns_wrong_images(tmp_path: Path) -
 
 @pytest.mark.nightly
 def test_server_survives_hostile_clients_and_stops_on_sigterm(tmp_path: Path) -> None:
-    """With TLS and tokens, as in a soak: none is answered with a bug, health answers meanwhile, and SIGTERM ends the server."""
+    """With TLS and tokens, as in a soak: no response shows a bug, health checks succeed meanwhile, and SIGTERM ends the
+    server."""
     access, flags = issue(tmp_path, tls=True, with_tokens=True)
     plant(tmp_path / "models", "m")
     words = ["--models", str(tmp_path / "models"), "--assets", str(tmp_path / "assets"), "--kserve", "--grace", "5", *flags]

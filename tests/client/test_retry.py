@@ -1,4 +1,4 @@
-"""Which calls both clients retry, and that closing the client or Ctrl-C ends every wait."""
+"""The calls that both clients retry. Closing the client, or Ctrl-C, ends every wait."""
 
 import hashlib
 import signal

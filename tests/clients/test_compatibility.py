@@ -65,7 +65,7 @@ class Contract:
         return message_factory.GetMessageClass(self.pool.FindMessageTypeByName(f"img2img.v1.{name}"))
 
     def call(self, channel: grpc.Channel, service: str, method: str, requests: Iterable[Message]) -> list[Any]:
-        """All answers to a call. Every kind of call is this one on the wire."""
+        """All responses to a call. On the wire every kind of call looks like a streaming one."""
         found = self.pool.FindServiceByName(f"img2img.v1.{service}").methods_by_name[method]
         call: Any = channel.stream_stream(
             f"/img2img.v1.{service}/{method}",

@@ -147,7 +147,7 @@ def test_repeated_out_of_memory_fails_only_one_request(
 
 
 def test_out_of_memory_in_a_batch_has_no_lasting_effect(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
-    """With room for one such request: of eight at the same time some may be refused, a single one afterwards never is."""
+    """With memory for one such request: of eight at the same time some may be refused; a single one afterwards never is."""
     large = request("m", (320, 320), guidance_scale=2.0)
     engine = Engine({"m": load(bundle("sd1"))})
     waiting = Waiting(engine)
@@ -165,7 +165,7 @@ def test_out_of_memory_in_a_batch_has_no_lasting_effect(bundle: Callable[[str], 
 
 
 def test_planning_a_request_makes_no_device_call(bundle: Callable[[str], Path], gpu: FakeGpu) -> None:
-    """Each request is planned on a thread of its own, while the engine's may be recording."""
+    """Each request is planned on its own thread, while the engine's thread may be recording."""
     pipeline = load(bundle("sd1"))
     names = ("cudaEventRecord", "cudaStreamWaitEvent", "cudaMalloc", "cudaMemcpyAsync", "cudaStreamSynchronize", "launch")
     before = [gpu.count(name) for name in names]

@@ -86,7 +86,7 @@ def test_requests_after_an_out_of_memory_succeed(settings: Settings) -> None:
 
 
 def test_preflight_names_a_missing_library_in_one_line(filled: Settings, tmp_path: Path) -> None:
-    """As without cuDNN; the later sections are not tried."""
+    """The library is cuDNN; the later sections are not run."""
     libraries = tmp_path / "lib"
     libraries.mkdir()
     for folder in os.environ["LD_LIBRARY_PATH"].split(os.pathsep):

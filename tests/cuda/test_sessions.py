@@ -53,7 +53,8 @@ def test_every_graph_can_be_recorded(name: str, bundle: Callable[[str], Path], c
 def test_unrecordable_graphs_are_reported_with_their_copies(
     bundle: Callable[[str], Path], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """With cuDNN's layout for all, which moves shape arithmetic to the GPU, as every plain graph was opened once."""
+    """With cuDNN's layout for all operators, which moves shape arithmetic to the GPU, as plain graphs were opened in earlier
+    versions."""
 
     def open_badly(graph: Path, options: SessionOptions) -> Any:
         settings = (*options.provider_options, ("prefer_nhwc", "1"))

@@ -76,7 +76,7 @@ def test_busy_server_is_healthy_but_a_draining_one_is_not() -> None:
 
 
 def test_health_over_tls_uses_the_probes_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As components/tls sets them: the secret's ca.crt, and a certificate that has the name localhost."""
+    """The variables of components/tls: the secret's ca.crt, and a certificate with the name localhost."""
     authority = trustme.CA()
     issued = authority.issue_cert("img2img-headless.img2img.svc", "localhost")
     (tmp_path / "tls.crt").write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))

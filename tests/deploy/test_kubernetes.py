@@ -54,7 +54,7 @@ class Built:
 
     @cached_property
     def mounts(self) -> dict[str, Any]:
-        """By mount path: the mount, and its volume."""
+        """The mounts and their volumes, by mount path."""
         volumes = {volume["name"]: volume for volume in self.pod["volumes"]}
         return {mount["mountPath"]: {**mount, "volume": volumes[mount["name"]]} for mount in self.container["volumeMounts"]}
 
@@ -131,7 +131,7 @@ def test_server_reads_its_config_file_and_relative_paths(built: Built, config: S
 async def test_asset_volume_owned_by_root_is_accepted(
     config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With fsGroup a volume can be written to, but is not the server's: to change its mode is refused."""
+    """With fsGroup the server can write to a volume that it does not own, but cannot change its mode."""
     chmod, volume = Path.chmod, tmp_path / "assets"
     volume.mkdir()
 

@@ -96,7 +96,7 @@ def test_identical_images_pass_every_limit() -> None:
 
 
 def changed(image: Image.Image, by: int | np.ndarray, rows: int) -> Image.Image:
-    """With the uppermost rows darker, or lighter where they are dark, by so much in each colour."""
+    """The image with its uppermost rows darker, or lighter if they are dark, by so much in each colour."""
     pixels = np.asarray(image).astype(int)
     pixels[:rows] += np.where(pixels[:rows] > 127, -by, by)
     return Image.fromarray(pixels.astype(np.uint8))

@@ -77,7 +77,7 @@ def export_in_a_process(
 def test_kill_at_any_moment_leaves_no_bundle_after_cleanup(
     moments: int, export_in_a_process: Callable[[Path, int, Path], int | None], tmp_path: Path
 ) -> None:
-    """At the first, at the last, and at some between them."""
+    """Killed at the first progress report, at the last, and at some between them."""
     folder, count = tmp_path / "bundles", tmp_path / "count"
     assert export_in_a_process(folder / "whole", -1, count) == 0
     told = int(count.read_text())

@@ -145,7 +145,7 @@ def test_half_precision_has_exact_rotary_frequencies_and_half_precision_products
 @with_few_layers
 @pytest.mark.parametrize("numbers", nightly_but(["fp16:int4", "fp16:", "bf16:", "int8:", "fp32:int8"], "fp16:int4"))
 def test_each_precision_passes_the_comparisons_of_an_export(numbers: str, made: Made, tmp_path: Path) -> None:
-    """With every matrix of the layers in it."""
+    """Every matrix of the layers is in the precision."""
     precision: Any
     narrow: Any
     precision, narrow = numbers.split(":")

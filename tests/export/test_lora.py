@@ -232,7 +232,7 @@ def test_lora_of_another_model_is_refused(name: str, reason: str, tiny_model: Ge
 
 
 def test_lora_that_overflows_the_weights_is_refused(tiny_model: Get, tmp_path: Path) -> None:
-    """Each matrix is finite. scripts/fuzz found it."""
+    """Each matrix is finite, but not the sum. Found by scripts/fuzz."""
     pairs = {name: (1e30 * down, 1e30 * up) for name, (down, up) in make(tiny_model("sd1"), 1).items()}
     path = write_diffusers(pairs, tmp_path / "style.safetensors")
     with pytest.raises(ExportError, match=f"^{path}: what it adds to .* is too large for torch.float32"):

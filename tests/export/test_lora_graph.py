@@ -77,7 +77,7 @@ def opened(path: Path) -> onnxruntime.InferenceSession:
 
 @pytest.mark.parametrize("rank", [1, 16, 64])
 def test_rows_without_a_lora_equal_the_plain_graph_bitwise(rank: int, bundle: Get) -> None:
-    """In any company, and at any rank. A row with a LoRA is the same beside any others, and with its rank padded further."""
+    """In any batch, and at any rank. A row with a LoRA has the same bits in any batch, and with its rank padded further."""
     plain, lora = (opened(bundle("sd1") / "unet" / file) for file in (GRAPH_NAME, LORA_NAME))
     layers = adapted_layers({item.name: list(item.shape) for item in lora.get_inputs()})
     rng = np.random.default_rng(0)

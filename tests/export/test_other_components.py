@@ -129,7 +129,7 @@ def test_an_argument_varies_by_its_value_and_not_by_its_address() -> None:
 
 
 def test_a_denoiser_that_takes_a_mask_of_its_texts_is_a_graph(bundle: Get) -> None:
-    """As Chroma's transformer does."""
+    """Such as Chroma's transformer."""
     manifest = read_manifest(bundle("chroma"))
     assert manifest.backend == "onnx", manifest.backend_reason
     (transformer,) = [part for part in manifest.components if part.name == "transformer"]

@@ -96,7 +96,7 @@ def test_bounds_are_rounded_down(value: float, digits: int, expected: float) -> 
 
 @pytest.mark.parametrize("edits", [False, True])
 def test_the_light_graph_of_qwen_image_has_one_of_its_blocks(tmp_path: Path, edits: bool) -> None:
-    """On tokens of texts of different lengths, which are padded in a batch; the edit model's references have a timestep of 0."""
+    """The texts have different lengths, which are padded in a batch; the edit model's references have a timestep of 0."""
     torch.manual_seed(1)
     module = QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=4, attention_head_dim=16, num_attention_heads=2,

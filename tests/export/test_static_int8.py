@@ -262,7 +262,7 @@ def test_unet_and_decoder_are_static_int8_except_for_listed_layers(
 def test_failing_images_reduce_the_quantization_budget(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With less and less in int8, until it passes; at last in fp32, with the reason."""
+    """Each attempt has fewer layers in int8 until one passes; the last one is in fp32, with the reason."""
     budgets: list[float] = []
     choose = Calibration.choose
 

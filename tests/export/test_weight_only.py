@@ -88,7 +88,7 @@ def test_quantized_products_are_close_and_rows_do_not_affect_each_other(
 
 
 def test_comparison_computes_as_the_server_does(tmp_path: Path) -> None:
-    """With activations in int8, which ONNX Runtime has for weights that it has packed only."""
+    """With activations in int8, which ONNX Runtime supports for packed weights only."""
     _, graph = layer()
     to_weight_only(graph, "int8", 32).write(tmp_path, Progress(), "layer")
     given = {"x": np.random.default_rng(0).standard_normal((3, ROWS), np.float32)}
@@ -97,7 +97,7 @@ def test_comparison_computes_as_the_server_does(tmp_path: Path) -> None:
 
 
 def test_weights_in_half_precision_are_compared_in_exact_arithmetic(tmp_path: Path) -> None:
-    """As on a GPU: with quantized weights only."""
+    """As on a GPU, only the weights are quantized."""
     _, graph = layer(torch.float16)
     found = written(to_weight_only(graph, "int8", 32), tmp_path)
     blocks = found["w_quantized"].reshape(COLUMNS, -1, 32).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Which addresses are public: none that leads to a network of anybody's own, in whichever address it hides."""
+"""Public addresses: no address of a private network is one, even if it is embedded in another address."""
 
 from ipaddress import ip_address
 

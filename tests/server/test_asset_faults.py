@@ -201,7 +201,7 @@ async def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_full_disk_refuses_uploads_but_keeps_stored_assets(tmp_path: Path) -> None:
-    """With the kernel's own limit on a file's size, in a process of its own."""
+    """With the kernel's limit on a file's size, in a separate process."""
     code = """
 import asyncio, os, resource, signal, sys
 from img2img_server.assets.store import AssetStore

@@ -75,7 +75,7 @@ async def test_a_large_image_is_streamed_in_blocks(url: str) -> None:
 
 
 async def test_assets_are_not_read_ahead_of_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So a slow reader holds one block in memory."""
+    """A slow reader holds one block in memory."""
     starts: list[int] = []
     read = LocalAssetFiles.read
 

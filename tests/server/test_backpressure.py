@@ -168,7 +168,7 @@ def test_server_requests_do_not_count_as_a_client() -> None:
 
 
 def test_arriving_requests_count_towards_the_limit() -> None:
-    """So no more images are fetched and decoded than the queue has slots."""
+    """Otherwise more images would be fetched and decoded than the queue has slots."""
     engine, _, _ = make_engine(QueueLimits(max_waiting=2))
     with engine.reserve() as place:
         assert engine.stats.arriving == 1

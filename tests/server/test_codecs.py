@@ -84,7 +84,7 @@ async def test_subprocess_encodes_like_the_functions(codecs: Codecs, file_format
 
 
 async def test_only_the_pixels_of_a_decoded_image_are_asked_for(codecs: Codecs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each question takes two switches between processes."""
+    """Each question costs two switches between processes."""
     received: list[type] = []
     receive = CodecProcess._receive
 
@@ -290,7 +290,7 @@ def busy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
 
 @pytest.mark.parametrize("now", [False, True])
 def test_a_server_stops_while_its_decoders_are_busy(busy: Callable[[], Any], now: bool) -> None:
-    """At the first signal, and at the second or the watchdog's end: nothing waits for code in C."""
+    """At the first signal, and at the second or the watchdog's end, without waiting for code in C."""
     with (
         running(lambda: store(m=FakePipeline()), codecs=CodecSettings(decoders=3), grace=0.1) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,

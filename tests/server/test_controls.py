@@ -362,7 +362,7 @@ class Doubling(FakePipeline):
 
 
 def test_the_time_of_controls_counts_for_the_requests_that_have_them() -> None:
-    """For their forecasts, and not for those of others."""
+    """It counts in their forecasts, and not in those of others."""
     clock, seconds = Clock(), [2.0]
     engine = Engine({"m": Doubling(clock, lambda rows: seconds[0])}, clock=clock)
     plain = make_request(model="m", num_inference_steps=4, strength=1.0, seeds=(1,))
@@ -480,7 +480,7 @@ def png_of(image: Image.Image) -> bytes:
 
 
 def test_recorded_controls_reproduce_the_image(client: Client) -> None:
-    """With the recorded options, in which there are no images."""
+    """With the recorded options, which contain no images."""
     mix = MIXES[5]
     wanted = [Control(use[0], image_of(use[0]), use[1], use[2], use[3]) for use in mix]
     first = client.transform(sample_image(64, 64), seed=5, controls=wanted, **SETTINGS).images[0]

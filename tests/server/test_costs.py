@@ -109,7 +109,7 @@ def test_warm_up_stays_within_its_budget() -> None:
 
 
 def test_graphs_that_calls_need_are_opened_before_they_are_measured() -> None:
-    """Both sizes' before the first call; and all calls are known to be measured."""
+    """The graphs of both sizes are opened before the first call, and all calls are measured."""
     events: list[str] = []
 
     class Opening(FakePipeline):

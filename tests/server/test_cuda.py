@@ -189,7 +189,7 @@ def far(bundle: Callable[[str], Path]) -> Callable[[str], SteppedPipeline]:
 
 
 def requests_of(schedulers: Sequence[str | None]) -> list[Request]:
-    """With guidance and without, with one seed and two."""
+    """Requests with and without guidance, with one seed and with two."""
     return [
         make_request(
             scheduler=scheduler,

@@ -203,7 +203,7 @@ def test_unsupported_reference_is_refused_and_named_by_its_index(load: Load) -> 
 
 
 def test_a_plan_opens_graphs_for_the_result_and_all_images_that_the_model_sees(load: Load) -> None:
-    """Not during a step of other requests (OpenVINO's are opened when needed)."""
+    """They are not opened during a step of other requests (OpenVINO opens graphs when they are needed)."""
     pipeline: Any
     pipeline, _ = load("klein")
     opened = set()

@@ -1,4 +1,4 @@
-"""From the command line of `img2img serve` to its configuration: flags, their errors, and `--print-config`."""
+"""The command line of `img2img serve`: flags, their errors, and `--print-config`."""
 
 import argparse
 import subprocess

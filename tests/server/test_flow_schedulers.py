@@ -82,7 +82,7 @@ def test_own_scheduler_of_a_model_that_gives_the_noise_levels_matches_diffusers(
 def test_steps_of_which_the_scheduler_makes_no_noise_levels_are_an_invalid_number(
     load: Callable[[str, str], tuple[Pipeline, Any]],
 ) -> None:
-    """To stretch a single step diffusers divides by zero, and its image is black. Qwen-Image's own scheduler is such a one."""
+    """diffusers divides by zero to stretch a single step, and its image is black. Qwen-Image's own scheduler does that."""
     pipeline, _ = load("klein", "euler-terminal")
     request = make_request(image=source(64, 64), num_inference_steps=1)
     with pytest.raises(InvalidField, match="increase it") as raised:

@@ -65,7 +65,7 @@ def test_failure_leaves_the_weights_as_they_were() -> None:
 
 
 def test_moved_weights_are_used() -> None:
-    """As after `.to(device)`."""
+    """For example after `.to(device)`."""
     module = torch.nn.Linear(4, 4).half()
     compute_in_fp32(module)
     module.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.float16))

@@ -111,7 +111,7 @@ def test_past_fuzzing_failures_stay_fixed(name: str, data: bytes) -> None:
 
 
 def test_every_fuzzer_accepts_its_own_corpus() -> None:
-    """All but the RPCs, which are above."""
+    """All except the RPCs, which have a test above."""
     with contextlib.ExitStack() as stack:
         for name, target in targets().items():
             if name not in map(name_of, METHODS):

@@ -311,7 +311,7 @@ def test_rows_without_image_prompts_stay_in_the_plain_graph_if_the_graphs_have_o
 def test_images_are_encoded_again_by_another_version_of_the_image_encoder(
     model: Callable[..., Model], encoded: Counted, encoders: Companions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That in memory counts: on a replica of Ray it may be another one than the front knew."""
+    """The image encoder in memory counts: on a replica of Ray it may differ from the front's."""
     known = model("sd1")
     batch = known.requests([MIXES[1]])
     together(known.pipeline, batch)

@@ -50,7 +50,7 @@ def client(server: RunningServer) -> Iterator[Any]:
 
 @pytest.fixture
 def stub(server: RunningServer) -> Iterator[Any]:
-    """For what Triton's client would not send."""
+    """A stub, for messages that Triton's client would not send."""
     with grpc.insecure_channel(f"localhost:{server.port}") as channel:
         yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
 

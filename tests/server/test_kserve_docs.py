@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def port(folder: Path) -> Iterator[str]:
-    """That of the server that the page starts, around a stand-in for the model."""
+    """The port of the server that the page starts, with a fake model."""
     (command,) = re.findall(r"^img2img serve (.*)$", "".join(block for _, block in BLOCKS), re.MULTILINE)
     file, scripts = folder / "port", str(REPOSITORY / "benchmarks")
     words = [sys.executable, "-m", "soak_parts.stand_in", *command.split(), "--port", "0", "--port-file", str(file)]

@@ -130,7 +130,7 @@ def test_token_permissions_apply_to_kserve(tmp_path: Path) -> None:
 
 
 def test_tritons_own_tls_options_work(tmp_path: Path) -> None:
-    """With a certificate of the client's, too."""
+    """Also with a client certificate."""
     authority = trustme.CA()
     paths = {name: tmp_path / f"{name}.pem" for name in ("ca", "server", "server_key", "client", "client_key")}
     authority.cert_pem.write_to_path(paths["ca"])

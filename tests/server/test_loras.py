@@ -56,7 +56,7 @@ DENOISER = (
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 SETTINGS: dict[str, Any] = {"prompt": "a lake", "strength": 0.8, "num_inference_steps": 4, "guidance_scale": 5.0}
 CALLS = 4
-"""Of the denoiser for a request with SETTINGS: PNDM repeats the first step."""
+"""Calls of the denoiser for a request with SETTINGS: PNDM repeats the first step."""
 MIXES: tuple[Loras, ...] = (
     (),
     (("all", 1.0),),

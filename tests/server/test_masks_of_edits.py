@@ -64,7 +64,7 @@ def small(request: pytest.FixtureRequest, load: Load, monkeypatch: pytest.Monkey
 
 
 def ellipse(size: tuple[int, int] = SIZE) -> Image.Image:
-    """With soft edges: a model that rounds them wrongly is off."""
+    """The mask has soft edges, so wrong rounding has an effect."""
     mask = Image.new("L", size, 0)
     ImageDraw.Draw(mask).ellipse((size[0] // 5, size[1] // 4, size[0] - 9, size[1] - 21), fill=255)
     return mask.filter(ImageFilter.GaussianBlur(4))
@@ -109,7 +109,7 @@ MODELS = nightly_but(CLASSES, "klein")
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", MODELS)
 def test_masked_image_matches_diffusers_alone_and_in_a_batch(name: str, load: Load) -> None:
-    """Of several strengths, guided and not, beside requests without a mask, in calls that they share."""
+    """Requests of several strengths, with and without guidance, share calls with requests without a mask."""
     pipeline, pipe = load(name)
     image, mask, plain = source(*SIZE), ellipse(), {"guidance_scale": 1.0}
     cases: list[tuple[Image.Image, tuple[int, ...], Settings]] = [
@@ -134,7 +134,7 @@ def test_masked_image_matches_diffusers_alone_and_in_a_batch(name: str, load: Lo
 
 @pytest.mark.parametrize("name", MODELS)
 def test_result_has_the_size_that_diffusers_chooses(name: str, load: Load) -> None:
-    """Of a source that is no multiple of the model's: it is resized, with a mask of yet another size."""
+    """The source's size is no multiple of the model's, so it is resized; the mask has yet another size."""
     pipeline, pipe = load(name)
     image, mask = source(104, 72), ellipse((150, 200))
     rule = pipeline.source_rule.edit_size

@@ -244,7 +244,7 @@ def hub(tiny_model: Callable[[str], Path]) -> Iterator[Hub]:
 
 
 def test_hub_repository_is_exported_on_demand_and_served(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From end to end: the hub's stand-in, the real exporter in its process, the real pipeline."""
+    """From end to end: a fake hub, the real exporter in its process, the real pipeline."""
     for name, value in {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "home"),

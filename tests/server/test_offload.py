@@ -56,7 +56,7 @@ def test_states_match_the_same_weights_on_the_device(name: str, dtype: torch.dty
 
 
 def test_only_one_layer_is_ready_at_a_time(tiny_model: Get, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 28 equal layers, in fp32."""
+    """A stack of 28 equal layers, in fp32."""
     module, most = encoder(tiny_model("klein"), torch.float16).model, 0
 
     def ready() -> int:

@@ -209,7 +209,7 @@ def test_deterministic_autoencoder_draws_no_extra_noise(client: Client, oracle: 
 
 @pytest.mark.parametrize("model", INPAINTING)
 def test_inpainting_models_draw_noise_in_the_order_of_diffusers(client: Client, oracle: Callable[[str], Any], model: str) -> None:
-    """At strength 1 their source is not encoded, so nothing is drawn for it."""
+    """At strength 1 their source is not encoded, so no noise is drawn for it."""
     name = "EulerAncestralDiscreteScheduler"
     with drawing_with(oracle(model), name) as pipe:
         for settings in (GUIDED, FULL):

@@ -144,7 +144,7 @@ def test_flux_control_matches_diffusers_at_other_sizes(
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_each_image_of_a_request_draws_its_own_latents(masked: bool, bundle: Get) -> None:
-    """So an image is the same as of a request for it alone: the seed contract."""
+    """An image is the same as that of a request for it alone: the seed contract."""
     pipeline = load(bundle(FLUX))
     request = asked(0, mask=ellipse() if masked else None, seeds=(5, 9))
     states = pipeline.prepare([request])
@@ -172,7 +172,7 @@ def test_a_speedup_is_used_with_the_image_that_the_model_reads_by_itself(bundle:
 
 
 def test_flux_control_takes_loras(bundle: Get, tiny_model: Get, tmp_path: Path) -> None:
-    """Also of the layer that reads the control image. Requests with and without share calls."""
+    """Also LoRAs of the layer that reads the control image. Requests with and without LoRAs share calls."""
     folder = tmp_path / "loras"
     folder.mkdir()
     pairs = make(tiny_model(FLUX), 1, ("to_q", "x_embedder"), (8,))

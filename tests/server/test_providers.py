@@ -1,4 +1,4 @@
-"""Which providers can be used here, and the words for why the others cannot. GPUs are played by libraries that are not there."""
+"""Available providers, and the reasons why others are unavailable. GPUs are simulated by fake libraries."""
 
 import ctypes
 import importlib

@@ -27,7 +27,7 @@ from img2img_server.support.call import Call, answering
 
 
 def cards(it: Rig, *states: ModelState) -> None:
-    """From the next look on, replicas have the model in these states."""
+    """Sets the replicas' states of the model from the next poll on."""
     bare = replace(CARD, runs_on="", size_multiple=1, schedulers=(), detail="not here")
     it.replicas.looks = {
         f"r{n}": Look(f"r{n}", IDLE, (CARD if state is ModelState.READY else replace(bare, state=state),), None)

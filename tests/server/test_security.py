@@ -276,7 +276,7 @@ def test_an_errors_text_stays_in_the_log(where: str, monkeypatch: pytest.MonkeyP
 
 
 def test_bundle_problems_are_only_in_the_log(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """In particular its folder's path."""
+    """Callers do not see them, in particular the path of the folder."""
     damaged = folders / "store" / "damaged"
     damaged.mkdir()
     write_manifest(damaged, manifest("acme/damaged"))

@@ -70,7 +70,7 @@ class Model:
         self.oracle.set_progress_bar_config(disable=True)
 
     def offer(self, *names: str, least_steps: int = 4, most_guidance: float = 7.5) -> None:
-        """From now on the model has these speedups."""
+        """Gives the model these speedups."""
         table = tuple(SETTINGS[name] for name in names)
         self.pipeline.speedups.speedups = Speedups(table, 1, least_steps, most_guidance, LIGHT_COST)
 

@@ -285,7 +285,7 @@ def test_engine_spans_name_their_requests() -> None:
 
 
 def test_spans_are_exported_only_after_the_request_ends() -> None:
-    """On the engine's thread nothing is sent, nor even made: the collector hears of a request when its call has ended."""
+    """The engine's thread neither creates nor sends spans: the collector gets them after the call has ended."""
     pipeline, inside, leave = FakePipeline(), threading.Event(), threading.Event()
 
     def hold() -> None:

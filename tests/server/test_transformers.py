@@ -46,7 +46,7 @@ CLASSES = {
 GUIDED = ("sd3-no-t5", "sd3", "chroma")
 """Models that guide with a second row."""
 KINDS = ("sd3-no-t5", "flux-dev")
-"""Those that the engine also steps in PyTorch."""
+"""The models that the engine also steps in PyTorch."""
 SIZES = ((64, 64), (96, 64), (80, 112))
 
 Load = Callable[..., SteppedPipeline]

@@ -57,7 +57,7 @@ def gate() -> Iterator[Gate]:
 
 
 def gated_codecs(gate: Gate, monkeypatch: pytest.MonkeyPatch, kind: type[Job]) -> None:
-    """From now on, servers' codecs do jobs of this kind once the gate is open."""
+    """Makes servers' codecs wait with jobs of this kind until the gate is open."""
 
     def pass_gate(job: Job) -> None:
         if isinstance(job, kind):

@@ -100,7 +100,7 @@ def test_incomplete_or_invalid_vae_config_falls_back_to_defaults(config: dict[st
 
 @pytest.mark.parametrize(("fits", "buckets", "calls"), [(2, (), [2, 2, 1]), (3, (1, 2, 4, 8), [2, 2, 1]), (4, (1, 2, 4), [4, 1])])
 def test_batch_above_the_memory_limit_is_split_into_calls(fits: int, buckets: tuple[int, ...], calls: list[int]) -> None:
-    """If calls are padded, in as many as are recorded: one of three would take what four take."""
+    """Padded calls have recorded sizes: a call of three images would take as much memory as one of four."""
     one = Footprint(STABLE_DIFFUSION, scores=True).of(64, 128, 4)
     vae, halves = bounded(fits * one, row_buckets=buckets)
     images = torch.rand(5, 3, 64, 128)
