@@ -5,13 +5,13 @@ import time
 from collections.abc import Iterator
 
 import torch
+from img2img_server.bundle.component_config import read_config
 from img2img_server.bundle.manifest import LIMITS, read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.runtime.common.cpu import machine
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.onnx import providers
-from img2img_server.runtime.onnx.modules import read_config
 
 from gpu_check.models import unet_feed
 from gpu_check.results import Line

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from img2img_server.bundle.component_config import read_config
 from img2img_server.bundle.manifest import LIMITS, read_manifest
 from img2img_server.engine.cache import Cache
 from img2img_server.engine.engine import Engine
@@ -20,7 +21,6 @@ from img2img_server.engine.warmup import WarmUp
 from img2img_server.runtime.common.out_of_memory import is_out_of_memory
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
-from img2img_server.runtime.onnx.modules import read_config
 from img2img_server.support.device_lock import recording_at_once
 from img2img_server.tools.bench_measuring import FAILURES, Work, capture, requests_of
 from img2img_server.tools.bench_model import quartiles

@@ -75,6 +75,7 @@ class Recorder:
     def __init__(self, *scalars: str) -> None:
         self.scalars = frozenset(scalars)
         self.row_buckets: tuple[int, ...] = ()
+        self.widths: dict[str, int] = {}
         self.input_types: dict[str, torch.dtype] = {}
         self.outputs: Sequence[str] = ("out",)
         self.given: dict[str, torch.Tensor] = {}
@@ -152,11 +153,11 @@ def test_text_encoder_outputs_are_in_transformers_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, not a number up to 10000"),
-        ({"text_config": {"num_hidden_layers": "9"}}, "num_hidden_layers is '9'"),
-        ({"text_config": 9}, "num_hidden_layers is None"),
-        ({"num_hidden_layers": 8}, "has 'hidden_states.9', and its config.json has 8 layers"),
-        ({}, "has 'hidden_states.9'"),
+        ({"num_hidden_layers": 10**12}, "'num_hidden_layers' is 1000000000000, not a whole number from 0 to 10000"),
+        ({"text_config": {"num_hidden_layers": "9"}}, "'text_config.num_hidden_layers' is '9'"),
+        ({"text_config": 9}, "'text_config' is 9, not an object"),
+        ({"num_hidden_layers": 8}, "'num_hidden_layers' is 8, and the graph has 'hidden_states.9'"),
+        ({}, "'num_hidden_layers' is missing"),
     ],
 )
 def test_a_text_encoder_has_at_least_the_layers_of_its_states_and_no_absurd_number(

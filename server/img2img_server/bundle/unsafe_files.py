@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from img2img_server.bundle.component_config import CONFIG_NAME, refuse_wrong_fields
 from img2img_server.bundle.files import odd_file, read_json, walk
 from img2img_server.bundle.tokenizer_files import TOKENIZER, refuse_tables
 from img2img_server.errors import BundleError
@@ -163,11 +164,13 @@ def refuse_unsafe_config(path: Path) -> None:
     try:
         found = read_json(path, pairs=_Pairs)
         problem = next(_problems(found, (), _strings(_IDENTIFIER) if is_index else _words), None)
+        content = read_json(path) if path.name == CONFIG_NAME else None
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
     if problem:
         where, reason = problem
         raise BundleError(f"{path}: the key {'.'.join(where)!r} is refused: {reason}")
+    refuse_wrong_fields(content, path)
 
 
 class _Pairs(list[tuple[str, Any]]):

@@ -37,6 +37,8 @@ class ImageEncoder(Companion):
     ) -> None:
         super().__init__(graph, engine, device, companions)
         self.digest = digest
+        if not isinstance(config["patch_size"], int):
+            raise TypeError(f"'patch_size' is {config['patch_size']}, not a whole number")
         self.side = int(config["image_size"])
         self.native_size = (self.side, self.side)
         self.size_multiple = self.side

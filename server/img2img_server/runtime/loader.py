@@ -10,7 +10,7 @@ import torch
 
 from img2img_server.bundle import controls, image_encoders
 from img2img_server.bundle.companions import FAMILIES as COMPANIONS
-from img2img_server.bundle.files import read_json
+from img2img_server.bundle.component_config import CONFIG_NAME, read_config, reading
 from img2img_server.bundle.image_prompts import layer_widths
 from img2img_server.bundle.manifest import WEIGHT_BYTES, Manifest, Precision, TensorSpec
 from img2img_server.bundle.unsafe_files import refuse_unsafe
@@ -81,6 +81,9 @@ _ONCE_WHOLE = {"StableDiffusion3Img2ImgPipeline": "stable-diffusion-3", "FluxImg
 
 _FEW_BYTES = 2**28
 """If torch's tensors on the GPU take less than this, no other model is loaded there."""
+
+_MOST_NATIVE = 8192
+"""Maximum width and height in pixels of the images that a model was trained on. Its trial image has this size."""
 
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -198,12 +201,13 @@ def assemble(loading: Loading, make: Make, provider: str, tensors: str) -> Pipel
 def _companion(components: Components, engine: str, device: str, companions: Companions | None) -> Companion:
     """Opens a companion, and adds it to `companions` by its model's id."""
     manifest, graph = components.manifest, components.companion()
-    config = read_json(components.bundle / manifest.family / "config.json")
+    config = read_config(components.bundle / manifest.family)
     companion: Companion
-    if manifest.family == image_encoders.FAMILY:
-        companion = ImageEncoder(graph, config, manifest.digest, engine, device, companions)
-    else:
-        companion = open_controlnet(graph, config, engine, device, companions, _parameters(manifest, manifest.family))
+    with reading(config):
+        if manifest.family == image_encoders.FAMILY:
+            companion = ImageEncoder(graph, config, manifest.digest, engine, device, companions)
+        else:
+            companion = open_controlnet(graph, config, engine, device, companions, _parameters(manifest, manifest.family))
     companion.owner = components.bundle
     if companions is not None:
         companions.add(components.bundle.absolute().name, companion)
@@ -319,6 +323,10 @@ def _split(loading: Loading, pipe: Any, engine: str) -> Pipeline:
         prompts = _image_prompts(pipe, family, loading)
         cache, preview, speedups = loading.cache, manifest.latent_preview, manifest.speedups
         pipeline = family(pipe, engine, threads, cache, preview, loras, speedups, controls, prompts)
+    if max(width_and_height := pipeline.native_size) > _MOST_NATIVE:
+        config = bundle / ("unet" if hasattr(pipe, "unet") else "transformer") / CONFIG_NAME
+        drawn = " x ".join(map(str, width_and_height))
+        raise BundleError(f"{config}: with its 'sample_size' the model draws {drawn} pixels, more than {_MOST_NATIVE} on a side")
     bound_torch_vaes(pipe, most_memory(execution, torch.device(pipe.device).type))
     pipeline.owner = bundle
     if manifest.size_multiple is not None:
@@ -341,8 +349,8 @@ def _loras(
         reason = next((part.reason for part in manifest.components if part.name == family.denoiser_name), "")
         why = f" ({reason})" if "no lora graph" in reason.lower() else ": export it again with this version of img2img"
         return NoLoras(f"has no LoRA graph{why}")
-    path = bundle / "unet" / "config.json"
-    config = read_json(path) if path.is_file() else None
+    unet = bundle / "unet"
+    config = read_config(unet) if unet.is_dir() else None
     return ModelLoras(loras, manifest.pipeline_class, tuple(pipe.components), config, layers)
 
 
@@ -368,7 +376,8 @@ def _controls(
         return NoControls(f"has no control graph{why or f': export it again with {how}'}")
     if denoiser.tokens is None and family.denoiser_name == "transformer":
         return NoControls("has a control graph of an older version of img2img: export it again with --control-graphs")
-    return ModelControls(companions, denoiser, int(pipe.vae_scale_factor), _parameters(manifest, family.denoiser_name))
+    with reading(denoiser.config):
+        return ModelControls(companions, denoiser, int(pipe.vae_scale_factor), _parameters(manifest, family.denoiser_name))
 
 
 def _image_prompts(pipe: Any, family: type[SteppedPipeline], loading: Loading) -> ModelImagePrompts | NoImagePrompts:
@@ -376,7 +385,9 @@ def _image_prompts(pipe: Any, family: type[SteppedPipeline], loading: Loading) -
     manifest, denoiser = loading.manifest, getattr(pipe, family.denoiser_name)
     if manifest.backend == "torch":
         return NoImagePrompts("runs in PyTorch, not as graphs")
-    if not layer_widths(denoiser.config):
+    with reading(denoiser.config):
+        widths = layer_widths(denoiser.config)
+    if not widths:
         return NoImagePrompts(f"is of the family {manifest.family}, for which there are no image adapters")
     if loading.image_adapters is None or loading.companions is None:
         return NoImagePrompts("was loaded without a folder of image adapters")

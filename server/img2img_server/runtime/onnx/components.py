@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from img2img_server.bundle.files import read_json
+from img2img_server.bundle.files import DAMAGED, read_json
 from img2img_server.bundle.manifest import FUSED_ATTENTION, Component, Manifest, WeightFormat
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common import clip_tokenizer
@@ -22,7 +22,7 @@ from img2img_server.runtime.common.offload import offload
 from img2img_server.runtime.common.processors import loadable
 from img2img_server.runtime.common.weight_budget import within
 from img2img_server.runtime.lora.graph import AdaptedGraph, Unadapted
-from img2img_server.runtime.onnx.modules import Graph, LaterGraph, OnnxDenoiser, OnnxTextEncoder, OnnxVae, read_config
+from img2img_server.runtime.onnx.modules import Graph, LaterGraph, OnnxDenoiser, OnnxTextEncoder, OnnxVae
 from img2img_server.runtime.onnx.runners import CONTROL_RUNNER, LIGHT_RUNNER, LORA_RUNNER, Make
 from img2img_server.runtime.onnx.vision import TOWER, OnnxSeeingTextEncoder
 from img2img_server.runtime.schedulers import registry
@@ -33,7 +33,7 @@ _GRAPH = "model.onnx"
 _LIBRARIES = ("diffusers", "transformers")
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 """The types of weights in half precision."""
-LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+LOAD_ERRORS = (*DAMAGED, RuntimeError, ImportError, AssertionError)
 """Errors that diffusers and transformers raise for invalid files."""
 
 
@@ -74,7 +74,12 @@ class Components:
         if "add_watermarker" in wanted:
             parts["add_watermarker"] = False
         missing = [name for name, item in wanted.items() if name != "self" and item.default is item.empty and name not in parts]
-        return kind(**parts, **dict.fromkeys(missing)).to(self.device)
+        try:
+            return kind(**parts, **dict.fromkeys(missing)).to(self.device)
+        except BundleError:
+            raise
+        except LOAD_ERRORS as error:
+            raise BundleError(f"{self.bundle} does not load: {error}") from error
 
     def _light(self, index: Mapping[str, Any]) -> Any:
         """The pipeline without diffusers' class, if there is such a one and all models are graphs. Else None."""
@@ -114,7 +119,7 @@ class Components:
             if library == "transformers" and name == "text_encoder" and self._has_graph(TOWER):
                 return OnnxSeeingTextEncoder(self._graph(name), self._graph(TOWER), folder, self.device)
             if library == "transformers":
-                return OnnxTextEncoder(self._graph(name), folder, self.device, read_config(folder) if light else None)
+                return OnnxTextEncoder(self._graph(name), folder, self.device)
             return OnnxDenoiser(self._graph(name), folder, self.device, self._light_graph(name), self._control(name))
         return self._module(name, component_class(library, class_name), folder)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from img2img_server.bundle.files import read_json
+from img2img_server.bundle.component_config import read_config
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common.pipe import latent_size
 from img2img_server.runtime.common.vae import widths_of
@@ -88,8 +88,8 @@ def try_on_zeros(graph: Path, runner: Runner, axes: Mapping[str, int], device: s
 
 
 def _config(bundle: Path, component: str) -> dict[str, Any]:
+    """The configuration of a component; empty if there is none, or it is damaged: loading it says why."""
     try:
-        config = read_json(bundle / component / "config.json")
-    except (OSError, ValueError):
+        return read_config(bundle / component)
+    except BundleError:
         return {}
-    return config if isinstance(config, dict) else {}

@@ -9,7 +9,6 @@ schedulers stay in float32 with a float16 graph.
 import contextlib
 import functools
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +16,12 @@ from typing import Any, Self
 
 import torch
 
+from img2img_server.bundle.component_config import ComponentConfig, read_config
 from img2img_server.bundle.controls import DOWN, MID, SAMPLES, is_residual
-from img2img_server.bundle.files import MOST_LAYERS
 from img2img_server.bundle.image_prompts import BIAS, STATES
 from img2img_server.bundle.speedups import FEATURES
-from img2img_server.errors import BundleError
 from img2img_server.runtime.common.device_copy import send
-from img2img_server.runtime.common.diffusers_import import FrozenDict, diffusers
+from img2img_server.runtime.common.diffusers_import import diffusers
 from img2img_server.runtime.common.pipe import parts
 from img2img_server.runtime.common.vae import LATENT_STATISTICS, BoundedVae, output_of
 from img2img_server.runtime.onnx.runners import Later, Runner, dtype_of, open_for
@@ -36,6 +34,9 @@ _TEXT_OUTPUTS = ("text_embeds", "last_hidden_state", "pooler_output")
 
 _HIDDEN_STATES = "hidden_states."
 """The names of hidden states begin with it, and end with their index."""
+
+_PATCH = 4
+"""Latents of a token of a transformer whose tokens are patches of two by two."""
 
 _UNET_FORM = (0, "return_dict", "sample", "timestep", "encoder_hidden_states", "timestep_cond", "added_cond_kwargs")
 _KNOWN_FORMS = {"UNet2DConditionModel": [_UNET_FORM, (*_UNET_FORM, DOWN)]}
@@ -108,13 +109,14 @@ class LaterGraph(Later[Graph]):
 
 
 class OnnxModule(torch.nn.Module):
-    """Base of ONNX modules: a configuration, and the device and dtype of its tensors."""
+    """Base of ONNX modules: the configuration in a component's folder, and the device and dtype of its tensors. Raises
+    BundleError for a configuration that is damaged."""
 
     dtype = torch.float32
 
-    def __init__(self, config: Any, device: str = "cpu") -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         super().__init__()
-        self.config = config
+        self.config = read_config(folder)
         self.device = torch.device(device)
 
     def to(self, *_: Any, **__: Any) -> Self:
@@ -141,14 +143,13 @@ class OnnxTextEncoder(OnnxModule):
     """A text encoder (CLIP, T5, a language model): token ids [B, T] to its outputs in transformers' order, with the hidden states
     as a tuple. It has None for states that are not outputs of the graph.
 
-    `config` is None for transformers' own configuration object, which diffusers' pipelines may expect. Raises BundleError if the
-    configuration lacks the layers of the graph's hidden states.
+    Raises BundleError if the configuration lacks the layers of the graph's hidden states.
     """
 
-    def __init__(self, graph: Graph, folder: Path, device: str = "cpu", config: Any = None) -> None:
-        super().__init__(_transformers_config(folder) if config is None else config, device)
+    def __init__(self, graph: Graph, folder: Path, device: str = "cpu") -> None:
+        super().__init__(folder, device)
         self._graph = graph
-        self._states = _state_names(graph.outputs, self.config, folder)
+        self._states = _state_names(graph.outputs, self.config)
 
     def forward(
         self,
@@ -185,24 +186,29 @@ class OnnxDenoiser(OnnxModule):
     def __init__(
         self, graph: Graph, folder: Path, device: str = "cpu", light: Graph | None = None, control: LaterGraph | None = None
     ) -> None:
-        super().__init__(read_config(folder), device)
+        super().__init__(folder, device)
         self._graph = graph
         self._light = light
         self.has_light = light is not None
         self.control = control
-        name = str(self.config.get("_class_name"))
+        name = self.config["_class_name"]
         if name not in dir(diffusers):
-            raise BundleError(f"{folder} needs '{name}', which diffusers {diffusers.__version__} lacks")
+            raise self.config.problem("_class_name", f"is '{name}', which diffusers {diffusers.__version__} lacks")
         # To bind a call takes as long as the rest of `forward`, and to import the class seconds.
         self._accepted: set[tuple[object, ...]] = set(_KNOWN_FORMS.get(name, ()))
         # SDXL's pipeline reads the width of this layer to check the size of its added embeddings.
         width = self.config.get("projection_class_embeddings_input_dim")
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         self.in_channels = self.config.get("in_channels")
+        channels = graph.widths.get("sample") or graph.widths.get("hidden_states")
+        if self.in_channels and channels and channels not in (self.in_channels, _PATCH * self.in_channels):
+            raise self.config.problem("in_channels", f"is {self.in_channels}, and the graph takes {channels} channels")
         self.row_buckets = graph.row_buckets
         self.input_types = graph.input_types
         kind = GRAPHS.get(name)
         self.tokens: TokenGraph | None = kind(self.config) if kind is not None and kind.mark in graph.input_types else None
+        if self.tokens is not None:
+            self.tokens.check(self.config, graph.widths)
 
     def predict(self, **inputs: Any) -> tuple[torch.Tensor]:
         """The output of the graph that takes these inputs; the values of a dictionary are passed by their keys."""
@@ -277,9 +283,16 @@ class OnnxVae(OnnxModule):
     """
 
     def __init__(self, encoder: Graph, decoder: Graph, folder: Path, device: str = "cpu", memory: int | None = None) -> None:
-        super().__init__(read_config(folder), device)
+        super().__init__(folder, device)
         self._encoder = encoder
         self._decoder = decoder
+        channels = decoder.widths.get("latent_sample")
+        for name, wanted in {"latents_mean": 1, "latents_std": 1, **dict.fromkeys(LATENT_STATISTICS, _PATCH)}.items():
+            if channels and (count := len(self.config.get(name) or ())) not in (0, wanted * channels):
+                raise self.config.problem(name, f"has {count} items, and the graph takes {channels} channels")
+        for name in ("latent_channels", "z_dim"):
+            if channels and self.config.get(name, channels) != channels:
+                raise self.config.problem(name, f"is {self.config[name]}, and the graph takes {channels} channels")
         statistics = {name: torch.tensor(self.config[name], device=device) for name in LATENT_STATISTICS if name in self.config}
         self.bn = SimpleNamespace(**statistics)
         self._bounded = BoundedVae(
@@ -290,7 +303,8 @@ class OnnxVae(OnnxModule):
             max((kind.itemsize for graph in (encoder, decoder) for kind in graph.input_types.values()), default=4),
             decoder.row_buckets,
         )
-        self.temperal_downsample = self.config.get("temperal_downsample")  # Qwen-Image's pipelines read its length
+        if {"temperal_downsample", "dim_mult"} & self.config.keys():
+            self.temperal_downsample = self.config["temperal_downsample"]  # Qwen-Image's pipelines read its length
 
     def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
         """Encodes pixels to an output with `latent_dist` or `latents`: see common/vae.py."""
@@ -309,30 +323,17 @@ def close_graphs(pipe: Any) -> None:
                 component.close()
 
 
-def read_config(folder: Path) -> FrozenDict:
-    """A component's config.json as diffusers' FrozenDict, with its values also as attributes."""
-    return FrozenDict(json.loads((folder / "config.json").read_bytes()))
-
-
-def _transformers_config(folder: Path) -> Any:
-    from transformers import PretrainedConfig
-
-    return PretrainedConfig.from_json_file(folder / "config.json")
-
-
-def _state_names(outputs: Sequence[str], config: Any, folder: Path) -> list[str]:
+def _state_names(outputs: Sequence[str], config: ComponentConfig) -> list[str]:
     """The names of all hidden states of a text encoder, of which a language model's graph may lack some; empty if it has none."""
     found = [name for name in outputs if name.startswith(_HIDDEN_STATES)]
     if not found:
         return []
-    known: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
-    of_text = known.get("text_config", known)
-    layers = of_text.get("num_hidden_layers", len(found) - 1) if isinstance(of_text, Mapping) else None
-    if not isinstance(layers, int) or layers > MOST_LAYERS:
-        raise BundleError(f"{folder / 'config.json'}: num_hidden_layers is {layers!r}, not a number up to {MOST_LAYERS}")
-    names = [f"{_HIDDEN_STATES}{index}" for index in range(layers + 1)]
+    of_text = config.part("text_config") if "text_config" in config else config
+    names = [f"{_HIDDEN_STATES}{index}" for index in range(len(found))]
+    if "num_hidden_layers" in of_text or set(found) != set(names):
+        names = [f"{_HIDDEN_STATES}{index}" for index in range(of_text["num_hidden_layers"] + 1)]
     if missing := set(found) - set(names):
-        raise BundleError(f"{folder}: the graph has '{min(missing)}', and its config.json has {layers} layers")
+        raise of_text.problem("num_hidden_layers", f"is {len(names) - 1}, and the graph has '{min(missing)}'")
     return names
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from img2img_server.bundle.component_config import ComponentConfig
 from img2img_server.runtime.common import rotary
 from img2img_server.runtime.common.rotary import Positions, Rotary, Size
 
@@ -44,6 +45,13 @@ class TokenGraph:
         self._config = config
         self._dims = tuple(config[self._axes])
         self._tables: dict[tuple[object, ...], Tensors] = {}
+
+    def check(self, config: ComponentConfig, widths: Mapping[str, int]) -> None:
+        """Raises BundleError if the configuration does not fit a graph whose inputs have these widths."""
+        count, width = self._positions(1, [(2, 2)])[1].shape[1], 2 * widths[MARK]
+        if len(self._dims) != count or any(dim % 2 for dim in self._dims) or sum(self._dims) != width:
+            text = f"is {list(self._dims)}; the graph takes {count} even numbers whose sum is {width}"
+            raise config.problem(self._axes, text)
 
     def inputs(self, call: Mapping[str, Any]) -> Tensors:
         """The graph's inputs for a call of diffusers' class with these arguments, by name."""
@@ -174,6 +182,9 @@ class SD3Tokens(TokenGraph):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._most = int(config["pos_embed_max_size"])
+
+    def check(self, config: ComponentConfig, widths: Mapping[str, int]) -> None:
+        """Nothing: the table is in the graph."""
 
     def inputs(self, call: Mapping[str, Any]) -> Tensors:
         """Also `pooled_projections` [B, P]. The latents of a call have one size."""

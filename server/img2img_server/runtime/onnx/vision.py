@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from img2img_server.bundle.component_config import window_side
 from img2img_server.runtime.onnx.modules import Graph, OnnxTextEncoder
 
 TOWER = "text_encoder_vision"
@@ -27,8 +28,7 @@ def places(config: Mapping[str, Any], height: int, width: int) -> Tensors:
     the cosines and sines of their rows and columns, `windows` [W, S] the patches of each window, `window_mask` [W, S] which of
     these there are, and `slots` [N] where each patch is among them.
     """
-    merge = config["spatial_merge_size"]
-    side = config["window_size"] // config["patch_size"] // merge * merge
+    merge, side = config["spatial_merge_size"], window_side(config)
     grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"))
     grid = grid.reshape(2, height // merge, merge, width // merge, merge)
     rows, columns = grid.transpose(0, 1, 3, 2, 4).reshape(2, -1)
@@ -52,13 +52,24 @@ def places(config: Mapping[str, Any], height: int, width: int) -> Tensors:
 
 
 class OnnxSeeingTextEncoder(OnnxTextEncoder):
-    """A text encoder that also takes images, as patches [N, P] of all images and the sizes of their grids [images, 3]."""
+    """A text encoder that also takes images, as patches [N, P] of all images and the sizes of their grids [images, 3]. Raises
+    BundleError if the configuration of the tower does not fit its graph."""
 
     def __init__(self, graph: Graph, tower: Graph, *arguments: Any) -> None:
         super().__init__(graph, *arguments)
         self._tower = tower
-        config = self.config.vision_config
-        self._vision: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+        self._vision = vision = self.config.part("vision_config")
+        patch, numbers, half = vision["patch_size"], tower.widths["pixel_values"], tower.widths["rotary"]
+        if not isinstance(patch, int) or numbers % patch**2:
+            raise vision.problem("patch_size", f"is {patch}, and the graph's patches have {numbers} numbers")
+        if vision["hidden_size"] // vision["num_heads"] // 2 != half:
+            text = f"is {vision['hidden_size']} and 'num_heads' is {vision['num_heads']}"
+            raise vision.problem("hidden_size", f"{text}, but the graph's heads have {2 * half} channels")
+        if window_side(vision) ** 2 != tower.widths["windows"]:
+            text = f"is {vision['window_size']} and 'spatial_merge_size' is {vision['spatial_merge_size']}"
+            raise vision.problem("window_size", f"{text}, but the graph's windows have {tower.widths['windows']} patches")
+        if vision.get("rope_parameters"):
+            vision.part("rope_parameters")
 
     def forward(
         self,
