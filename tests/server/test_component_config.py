@@ -46,7 +46,20 @@ CHANGES: dict[str, Any] = {
 }
 MOST_GROWTH = 2**30
 """Bytes by which the process may grow while all these are loaded."""
-GRAPHS = ["sd1", "sdxl", "lcm", "sd3", "flux-dev", "flux-control", "kontext", "klein", "qwenimage", "qwenimage-edit", "zimage"]
+GRAPHS = [
+    "sd1",
+    "chroma",
+    "sdxl",
+    "lcm",
+    "sd3",
+    "flux-dev",
+    "flux-control",
+    "kontext",
+    "klein",
+    "qwenimage",
+    "qwenimage-edit",
+    "zimage",
+]
 COMPANIONS = ["controlnet", "image encoder"]
 VIDEOS_AND_SOUND = ("UNet1DModel", "UVit2DModel")
 """Classes of diffusers that no image-to-image pipeline has, and whose fields have other meanings."""
