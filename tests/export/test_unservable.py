@@ -42,7 +42,7 @@ def test_inpainting_models_are_exported_as_their_own_class(name: str, family: st
 
 def test_flux_fill_is_exported_as_its_own_class() -> None:
     found = plan(Layout("FluxFillPipeline", {"transformer": ("diffusers", "FluxTransformer2DModel")}, ()), "auto")
-    assert (found.pipeline_class, found.family, found.backend) == ("FluxFillPipeline", "whole", "hybrid")
+    assert (found.pipeline_class, found.family, found.backend) == ("FluxFillPipeline", "flux-fill", "onnx")
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(4, "StableDiffusionPipeline"), (9, "StableDiffusionInpaintPipeline")])

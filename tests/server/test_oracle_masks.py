@@ -17,8 +17,15 @@ import torch
 from covering import covering, nightly_but
 from diffusers import AutoPipelineForInpainting, ChromaInpaintPipeline, FluxFillPipeline, StableDiffusionInpaintPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers_oracle import drawn as drawn_together
+from fakes import make_request
 from img2img_client import Client, InvalidRequest
+from img2img_server.bundle.manifest import read_manifest
+from img2img_server.engine.cache import Cache
+from img2img_server.engine.request import Mask, run_alone
 from img2img_server.models.registry import ModelRegistry
+from img2img_server.runtime.diffusion.inpainting import FluxFill
+from img2img_server.runtime.diffusion.masking import default_mask
 from img2img_server.runtime.execution import Execution
 from img2img_server.runtime.loader import load_pipeline
 from img2img_server.runtime.schedulers import registry
@@ -235,10 +242,42 @@ def test_requests_to_an_inpainting_model_share_a_batch(client: Client, oracle: C
 
 @pytest.mark.parametrize("mask", ["soft", "of another size"])
 def test_flux_fill_image_matches_diffusers(client: Client, oracle: Callable[[str], Any], mask: str) -> None:
-    settings: Settings = {"strength": 1.0, "num_inference_steps": 4, "guidance_scale": 30.0}
-    for pasted in (False, True):
-        images = drawn(client, "flux-fill", 9, settings, mask=MASKS[mask], mask_paste=pasted, image_count=2)
-        assert_same(images, expected(oracle("flux-fill"), MASKS[mask], settings, 9, pasted, count=2))
+    for settings in ({"strength": 1.0, "num_inference_steps": 4, "guidance_scale": 30.0}, GUIDED):
+        for pasted in (False, True):
+            images = drawn(client, "flux-fill", 9, settings, mask=MASKS[mask], mask_paste=pasted, image_count=2)
+            assert_same(images, expected(oracle("flux-fill"), MASKS[mask], settings, 9, pasted, count=2))
+
+
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+def test_requests_to_flux_fill_share_calls(backend: str, bundle: Callable[[str], Path], oracle: Callable[[str], Any]) -> None:
+    """They may differ in mask, prompt, steps, strength, guidance and, as graphs, in aspect. Images have the bits that they have
+    alone."""
+    if backend == "onnx":
+        pipeline: Any = load_pipeline(bundle("flux-fill"), read_manifest(bundle("flux-fill")), Execution("cpu"))
+    else:
+        pipeline = FluxFill(oracle("flux-fill"), "torch:cpu", 1, Cache(0))
+    assert type(pipeline) is FluxFill
+    sizes = ((64, 96), (96, 64) if backend == "onnx" else (64, 96))
+    first, second = (source().resize(size, Image.Resampling.BICUBIC) for size in sizes)
+    requests = [
+        make_request(image=first, mask=Mask(ellipse(sizes[0])), prompt="a lake", seeds=(1, 2), **GUIDED),
+        make_request(image=second, mask=default_mask(sizes[1]), prompt="winter", seeds=(3,), strength=1.0, num_inference_steps=2),
+    ]
+    assert len({pipeline.plan(request).shape for request in requests}) == 1
+    with torch.inference_mode():
+        together = drawn_together(pipeline, requests)
+        for request, images in zip(requests, together, strict=True):
+            for ours, alone in zip(images, run_alone(pipeline, request), strict=True):
+                assert np.abs(np.asarray(ours, int) - np.asarray(alone, int)).max() <= (0 if backend == "onnx" else 1)
+            assert request.mask is not None
+            (width, height), names = request.result_size, ("prompt", "strength", "num_inference_steps", "guidance_scale")
+            settings = {name: getattr(request, name) for name in names}
+            for seed, ours in zip(request.seeds, images, strict=True):
+                theirs = oracle("flux-fill")(
+                    image=request.image, mask_image=request.mask.image, width=width, height=height,
+                    generator=torch.Generator().manual_seed(seed), **settings,
+                ).images[0]  # fmt: skip
+                assert_same([ours], [theirs])
 
 
 @pytest.mark.parametrize("model", ["sd-inpaint", "flux-fill"])

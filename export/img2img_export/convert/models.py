@@ -40,6 +40,7 @@ GRAPHS = {
     ),
     "FluxImg2ImgPipeline": ("flux", ("text_encoder", "text_encoder_2", "transformer", "vae")),
     "FluxControlImg2ImgPipeline": ("flux-control", ("text_encoder", "text_encoder_2", "transformer", "vae")),
+    FLUX_FILL: ("flux-fill", ("text_encoder", "text_encoder_2", "transformer", "vae")),
     "ChromaImg2ImgPipeline": ("chroma", ("text_encoder", "transformer", "vae")),
     "FluxKontextPipeline": ("flux-kontext", ("text_encoder", "text_encoder_2", "transformer", "vae")),
     "Flux2KleinPipeline": ("flux-2-klein", ("text_encoder", "transformer", "vae")),

@@ -29,7 +29,7 @@ from img2img_server.runtime.control.own import OwnControl
 from img2img_server.runtime.diffusion.chroma import Chroma
 from img2img_server.runtime.diffusion.flux import Flux, FluxControl
 from img2img_server.runtime.diffusion.flux_2 import Flux2, Flux2Klein, FluxKontext
-from img2img_server.runtime.diffusion.inpainting import StableDiffusionInpainting, StableDiffusionXLInpainting
+from img2img_server.runtime.diffusion.inpainting import FluxFill, StableDiffusionInpainting, StableDiffusionXLInpainting
 from img2img_server.runtime.diffusion.latent_consistency import LatentConsistency
 from img2img_server.runtime.diffusion.light import LIGHT
 from img2img_server.runtime.diffusion.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
@@ -65,6 +65,7 @@ FAMILIES: dict[str, type[SteppedPipeline]] = {
     "stable-diffusion-3": StableDiffusion3,
     "flux": Flux,
     "flux-control": FluxControl,
+    "flux-fill": FluxFill,
     "chroma": Chroma,
     "flux-kontext": FluxKontext,
     "flux-2": Flux2,
