@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
+from covering import nightly_but
 from fake_hub import Hub, serve
 from img2img_cli.__main__ import main
 from img2img_export.cli import dry_run
@@ -46,9 +47,7 @@ PRODUCTS = {"text_encoder": 10_000, "unet": 20_288, "vae": 72}
 
 
 def plan(backend: str = "onnx", graphs: tuple[str, ...] = GRAPHS, reason: str | None = None) -> Any:
-    return SimpleNamespace(
-        pipeline_class="StableDiffusionImg2ImgPipeline", family="stable-diffusion", backend=backend, graphs=graphs, reason=reason
-    )
+    return models.Plan("StableDiffusionImg2ImgPipeline", "stable-diffusion", backend, graphs, reason)  # type: ignore[arg-type]
 
 
 def header(shapes: dict[str, tuple[int, ...]], kind: str = "F32") -> bytes:
@@ -236,6 +235,25 @@ def test_parameter_counts_of_tiny_models_match_torch(tiny_model: Get) -> None:
     found = parts(make_forecast(source))
     for name in GRAPHS:
         assert found[name].parameters == sum(part.numel() for part in getattr(pipeline, name).parameters())
+
+
+def _weights_in(graph: Path) -> int:
+    """The bytes of a graph's matrices: constants and numbers of the graph itself are small."""
+    stored = onnx.load(graph, load_external_data=False).graph.initializer
+    return sum(4 * math.prod(item.dims) for item in stored if len(item.dims) > 1)
+
+
+@pytest.mark.parametrize("name", nightly_but(["klein", "zimage", "qwenimage", "qwenimage-edit"], "zimage", "qwenimage-edit"))
+def test_language_model_is_counted_up_to_the_state_that_is_read(name: str, tiny_model: Get, bundle: Get) -> None:
+    """As the export made it: without the layers after that state, without logits, and with the vision tower if it sees images."""
+    options = ExportOptions(source=str(tiny_model(name)), output=Path("out"))
+    checkpoint, contents = survey(options, Progress())
+    told = parts(forecast(checkpoint, options, models.plan(checkpoint.layout, "auto"), contents))["text_encoder"]
+    made = sum(_weights_in(path) for path in bundle(name).glob("text_encoder*/model.onnx"))
+    assert made == pytest.approx(told.bytes, rel=0.03)
+    whole = sum(math.prod(item.shape) for path, header in contents.headers.items() if path.startswith("text_encoder/")
+                for item in header.values())  # fmt: skip
+    assert told.bytes < 4 * whole
 
 
 def test_plain_report_is_readable_lines(model: Path) -> None:

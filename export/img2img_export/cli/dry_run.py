@@ -5,6 +5,7 @@ shapes of its tensors, and the hub serves this header alone.
 """
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +24,11 @@ from img2img_export.cli.terminal import quantity
 from img2img_export.errors import ExportError, first_line
 from img2img_export.options import ExportOptions
 from img2img_export.progress import Progress
-from img2img_export.read.checkpoint import CONFIG_NAME, DENOISERS, INDEX_NAME, choose
+from img2img_export.read.checkpoint import CONFIG_NAME, DENOISERS, INDEX_NAME, LANGUAGE_MODELS, choose
 from img2img_export.read.hub import download
 from img2img_export.read.source import Checkpoint, resolve
 from img2img_export.read.texts import read_json
-from img2img_export.read.weights import Contents, Header, Weights, is_graph, read_contents, weigh
+from img2img_export.read.weights import Contents, Header, InGraph, Weights, is_graph, read_contents, weigh
 from img2img_export.report import print_facts, print_line, print_table
 
 if TYPE_CHECKING:
@@ -138,8 +139,11 @@ def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", conte
     if missing := [lora.path for lora in options.loras if not lora.path.is_file()]:
         raise ExportError(f"no LoRA file at {missing[0]}")
     components = tuple(checkpoint.layout.components)
-    weights = weigh(contents or read_contents(checkpoint), components, alone=checkpoint.kind == "companion")
-    kinds = {**dict.fromkeys(weights, ""), **{name: kind for name, (_, kind) in checkpoint.layout.components.items()}}
+    contents = contents or read_contents(checkpoint)
+    whole = weigh(contents, components, alone=checkpoint.kind == "companion")
+    kinds = {**dict.fromkeys(whole, ""), **{name: kind for name, (_, kind) in checkpoint.layout.components.items()}}
+    graphs = {name: InGraph(plan.last_state, plan.sees_images) for name in plan.graphs if kinds.get(name) in LANGUAGE_MODELS}
+    weights = weigh(contents, components, alone=checkpoint.kind == "companion", in_graph=graphs)
     upcast = _is_upcast(checkpoint.directory / "vae" / "config.json")
 
     def sized(options: ExportOptions) -> tuple[PartForecast, ...]:
@@ -147,7 +151,7 @@ def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", conte
 
     parts = sized(options)
     others = [(precision, narrow) for precision, narrow in _ALTERNATIVES if checkpoint.kind in _NARROWED or not narrow]
-    source_bytes, bundle_bytes = sum(part.bytes for part in weights.values()), sum(part.bytes for part in parts)
+    source_bytes, bundle_bytes = sum(part.bytes for part in whole.values()), sum(part.bytes for part in parts)
     rewritten = source_bytes if checkpoint.weights is not None or options.loras else 0
     return Forecast(
         source=options.source,
@@ -163,7 +167,7 @@ def forecast(checkpoint: Checkpoint, options: ExportOptions, plan: "Plan", conte
         source_bytes=source_bytes,
         bundle_bytes=bundle_bytes,
         temporary_bytes=rewritten,
-        memory_bytes=max(round(_MEMORY_FACTOR * max((_in_memory(part) for part in parts), default=0)), _LEAST_MEMORY),
+        memory_bytes=max(round(_MEMORY_FACTOR * max((_in_memory(part, whole) for part in parts), default=0)), _LEAST_MEMORY),
         free_disk_bytes=_free_disk(options.output),
         gpu_bytes=sum(part.gpu_bytes for part in parts),
         offloaded_gpu_bytes=_without_text_encoders(parts),
@@ -313,8 +317,9 @@ def _narrow_width(width: int, options: ExportOptions) -> float:
     return bits / 8 + (width + bits / 8) / options.group_size
 
 
-def _in_memory(part: PartForecast) -> int:
-    return part.parameters * max(WEIGHT_BYTES.get(part.stored, 1), WEIGHT_BYTES.get(part.precision, 1))
+def _in_memory(part: PartForecast, weights: Mapping[str, Weights]) -> int:
+    parameters = weights[part.name].parameters if part.name in weights else 0
+    return parameters * max(WEIGHT_BYTES.get(part.stored, 1), WEIGHT_BYTES.get(part.precision, 1))
 
 
 def _is_upcast(config: Path) -> bool:

@@ -288,11 +288,3 @@ KINDS: dict[str, type[GraphKind]] = {
     "UNet2DConditionModel": UNet,
 }
 """The kinds by module class."""
-
-LANGUAGE_MODELS = (
-    "Qwen3Model",
-    "Qwen3ForCausalLM",
-    "Mistral3ForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
-)
-"""The classes that are language models."""

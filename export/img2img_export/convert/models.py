@@ -118,15 +118,27 @@ _SHOWN = 4
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
+_LAYERS_READ, _LAST_STATES = "text_encoder_out_layers", {"ZImageImg2ImgPipeline": -2}
+"""The parameter of FLUX.2's classes with the hidden states that they read, and the last one that others read, if not the last."""
+_IMAGES = frozenset({"image", "prompt_image"})
+"""The parameters of `encode_prompt` for images."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to export a pipeline. `graphs` are the components that become graphs; `reason` says why not all do."""
+    """How to export a pipeline. `graphs` are the components that become graphs; `reason` says why not all do.
+
+    `last_state` is the last hidden state that the pipeline reads of a language model, -1 for the last that there is; with
+    `sees_images` it gives the language model images, too.
+    """
 
     pipeline_class: str
     family: str
     backend: Literal["onnx", "hybrid", "torch"]
     graphs: tuple[str, ...] = ()
     reason: str | None = None
+    last_state: int = -1
+    sees_images: bool = False
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -157,12 +169,23 @@ def plans_for(layout: Layout, backend: Backend) -> Iterator[Plan]:
             f"{why or f'{name} has none of the components {parts}, which --backend hybrid requires'}: use --backend torch"
         )
     if backend in ("auto", "onnx") and present:
-        yield Plan(name, family, "onnx", present)
+        yield Plan(name, family, "onnx", present, None, *_reading(name))
     if backend in ("auto", "hybrid") and denoiser:
         yield Plan(name, family, "hybrid", denoiser, "requested with --backend hybrid" if backend == "hybrid" else reason)
     if backend in ("auto", "torch"):
         whole = WHOLE if name in _STEPPED_AS_GRAPH else family
         yield Plan(name, whole, "torch", (), "requested with --backend torch" if backend == "torch" else reason)
+
+
+def _reading(name: str) -> tuple[int, bool]:
+    """The last hidden state that a pipeline class reads of a language model by default, and whether it gives it images."""
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        return -1, False
+    layers = inspect.signature(kind.__call__).parameters.get(_LAYERS_READ)
+    encode = getattr(kind, "encode_prompt", None)
+    sees = encode is not None and not _IMAGES.isdisjoint(inspect.signature(encode).parameters)
+    return (_LAST_STATES.get(name, -1) if layers is None else max(layers.default)), sees
 
 
 def _image_class(name: str) -> str:

@@ -17,7 +17,6 @@ from img2img_server.runtime.common.vae import tensor_of
 from img2img_export.convert.frame_vae import FrameVae
 from img2img_export.convert.graph_kinds import (
     KINDS,
-    LANGUAGE_MODELS,
     Axes,
     Called,
     GraphKind,
@@ -26,6 +25,7 @@ from img2img_export.convert.graph_kinds import (
     VaeEncoder,
 )
 from img2img_export.errors import ExportError
+from img2img_export.read.checkpoint import LANGUAGE_MODELS
 
 Tensors = dict[str, torch.Tensor]
 """Inputs or outputs of a graph, by name, in its order."""

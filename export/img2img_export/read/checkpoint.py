@@ -25,6 +25,13 @@ from img2img_export.read.texts import read_json
 from img2img_export.read.weights_file import PICKLE_REASON, is_pickle, is_safetensors
 
 GRAPH_NAME = "model.onnx"
+LANGUAGE_MODELS = (
+    "Qwen3Model",
+    "Qwen3ForCausalLM",
+    "Mistral3ForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+)
+"""The classes that are language models."""
 CONFIG_NAME = "config.json"
 _COMPONENT_WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 """The names of a component's weights before the variant, of diffusers and of transformers."""

@@ -4,6 +4,7 @@ A safetensors file begins with 8 bytes of length and a JSON object with the name
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,12 @@ _BARE_DENOISER = ("double_blocks.", "single_blocks.", "joint_blocks.", "input_bl
 """Prefixes in a file that contains only a denoiser."""
 
 
+_VISION = frozenset({"visual", "vision_tower", "multi_modal_projector"})
+"""Parts of the names of tensors of a vision tower."""
+_LAYER, _LAST_NORM = re.compile(r"(?:.*\.)?layers\.(\d+)\."), re.compile(r"(?:(?!.*layers\.\d).*\.)?norm\.weight")
+"""Names of tensors in a language model's layer, and after the last."""
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """The weights of a part: parameters, how many of them are in matrices and convolutions, the most frequent precision, and
@@ -68,6 +75,38 @@ class Contents:
     graphs: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class InGraph:
+    """What the graph of a language model has: the layers up to the hidden state `last` (-1: the last that there is), and if it
+    `sees` images the vision tower."""
+
+    last: int
+    sees: bool
+
+    def has(self, tensor: str, layers: int) -> bool:
+        """Whether it has a tensor of a model with so many `layers`."""
+        if tensor.partition(".")[0] == "lm_head":
+            return False
+        if not _VISION.isdisjoint(tensor.split(".")):
+            return self.sees
+        last = self.last if self.last >= 0 else layers + 1 + self.last
+        return last >= layers if _LAST_NORM.fullmatch(tensor) else _layer(tensor) < last
+
+
+def _layer(tensor: str) -> int:
+    """The index of a language model's layer that has a tensor; -1 for those before the first."""
+    found = _LAYER.match(tensor) if _VISION.isdisjoint(tensor.split(".")) else None
+    return int(found[1]) if found is not None else -1
+
+
+def _names(contents: Contents, components: Sequence[str]) -> dict[str, list[str]]:
+    """The names of the tensors in the folders of components."""
+    found: dict[str, list[str]] = {name: [] for name in components}
+    for path, header in contents.headers.items():
+        found.get(path.partition("/")[0], []).extend(header)
+    return found
+
+
 def read_contents(checkpoint: Checkpoint) -> Contents:
     """Reads the headers of local files. Raises ExportError if one is damaged."""
     paths = {name: checkpoint.directory / name for name in checkpoint.files if is_safetensors(name)}
@@ -82,16 +121,20 @@ def is_graph(name: str) -> bool:
     return ".onnx" in Path(name).name
 
 
-def weigh(contents: Contents, components: Sequence[str], alone: bool = False) -> dict[str, Weights]:
+def weigh(
+    contents: Contents, components: Sequence[str], alone: bool = False, in_graph: Mapping[str, InGraph] | None = None
+) -> dict[str, Weights]:
     """The weights of each component: the files in its folder, or a single file's tensors by name; with `alone`, all are those of
-    the only component."""
+    the only component. Of the components in `in_graph` only those that their graph has."""
     found: dict[str, list[Tensor]] = {}
+    layers = {name: 1 + max(map(_layer, names), default=-1) for name, names in _names(contents, components).items()}
     for path, header in contents.headers.items():
         folder = path.partition("/")[0]
         for name, tensor in header.items():
             owner = components[0] if alone else _component_of(name, components)
             component = folder if folder in components else owner
-            if component is not None:
+            graph = (in_graph or {}).get(component or "")
+            if component is not None and (graph is None or graph.has(name, layers[component])):
                 found.setdefault(component, []).append(tensor)
     weights = {name: _sum_up(tensors) for name, tensors in found.items()}
     for path, size in contents.graphs.items():
