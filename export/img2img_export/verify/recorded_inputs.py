@@ -142,7 +142,8 @@ class Recorder:
             self.calls.setdefault(name, Calls({})).add_row(_first_row(call))
             return
         call = {key: _normal(key, value, call) for key, value in call.items()}
-        tensors = {key: value.detach().clone() for key, value in flatten(call).items()}
+        # diffusers' pixels are channels last, which PyTorch's group normalization on the CPU sums inexactly.
+        tensors = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in flatten(call).items()}
         calls = self.calls.setdefault(name, Calls(call, name in self._complete))
         calls.add(tensors)
         calls.note(call)
