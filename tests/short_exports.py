@@ -18,9 +18,9 @@ from img2img_export.verify import images, latent_preview, speedups
 def cut_short(
     count: int = 1, preview: bool = False, two_sizes: bool = False, further: bool = False, controls: bool = True
 ) -> Iterator[None]:
-    """Within it, an export compares `count` images, makes graphs for LoRAs and ControlNets only if `further`, none for
-    ControlNets without `controls`, and does what `brief` says. The images have one size, unless `two_sizes`: then the last is the
-    export's last, of the other size. Do not ask for a shared bundle inside."""
+    """Within the block, an export compares `count` images, makes graphs for LoRAs and ControlNets only if `further`, none for
+    ControlNets without `controls`, and is shortened as `brief` describes. The images have one size, unless `two_sizes`: then the
+    last is the export's last, of the other size. Do not ask for a shared bundle inside."""
     all_cases = images.image_cases
 
     def some(*arguments: Any) -> tuple[images.ImageCase, ...]:
@@ -73,7 +73,8 @@ def short_speedups() -> Iterator[None]:
 
 @contextmanager
 def traced_once(kept: Path) -> Iterator[None]:
-    """Within it, torch traces each module once, and the graph is kept in `kept`: almost half of the export of a tiny model.
+    """Within the block, torch traces each module once, and the graph is kept in `kept`: almost half of the export of a tiny
+    model.
 
     A graph has no weights, so it depends on the parts of `_trace_key` only: the module's layers, its call, and the inputs to
     trace with.

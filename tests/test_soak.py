@@ -139,7 +139,7 @@ def test_latency_limits_are_checked_only_with_enough_samples() -> None:
     slow = Times(alone=[0.1] * 20, under_load=[0.4] * 100, stop=65.1, grace=60.0)
     health, small, stop = judge_times(slow, [0.01] * 380 + [0.3] * 20)
     assert ("health" in health, "4.0 times" in small, "65.1 s after SIGTERM" in stop) == (True, True, True)
-    # A run of seconds says nothing of percentiles.
+    # Percentiles of a run of seconds are meaningless.
     assert judge_times(replace(slow, under_load=[0.4] * 99, stop=3.0), [1.0] * 399) == []
 
 

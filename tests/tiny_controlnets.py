@@ -17,7 +17,8 @@ UNION, POOLING, PIXELS = "u", "p", "x"
 
 
 def build(model: Path, directory: Path, letter: str) -> Path:
-    """Saves a ControlNet for the denoiser of the tiny model in `model` into `directory` and returns it. The letter says which."""
+    """Saves a ControlNet for the denoiser of the tiny model in `model` into `directory` and returns it. The letter selects its
+    variant."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(ord(letter))
         if (model / "transformer").is_dir():

@@ -274,7 +274,7 @@ def test_proxy_variables_are_ignored_for_loopback_targets(server: FakeServer, mo
             assert client.models() == ()
 
 
-def test_a_scheme_asks_for_tls(server: FakeServer) -> None:
+def test_https_scheme_enables_tls(server: FakeServer) -> None:
     with Client(f"https://{server.target}", timeout=120) as client, pytest.raises(Unavailable):
         client.models()
     assert server.service.requests == []

@@ -128,7 +128,7 @@ def test_paths_bytes_and_addresses_arrive_untouched(client: Client, service: Fak
     assert [request.image.uri for request in service.requests[3:]] == addresses
 
 
-def test_an_asset_goes_by_its_id(client: Client, service: FakeService) -> None:
+def test_asset_is_sent_by_its_id(client: Client, service: FakeService) -> None:
     client.transform(Asset("1f", "image/png", 5, "ab"))
     assert service.requests[0].image == messages.ImageSource(asset_id="1f")
 

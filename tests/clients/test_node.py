@@ -187,7 +187,7 @@ def test_a_deadline_ends_the_call_on_both_sides(run: Run) -> None:
             told = failed(run("transform.js", IMAGE, "out.png", "--steps", STEPS, "--timeout", seconds, target=target))
             assert told[0].startswith("DEADLINE_EXCEEDED")
             if pipeline.prepared:
-                # The server's deadline is later by the time that the request was on its way.
+                # The server's deadline is later by the transfer time of the request.
                 assert pipeline.end_of_call("Transform") in ("DEADLINE_EXCEEDED", "CANCELLED")
                 break
     else:

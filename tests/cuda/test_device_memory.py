@@ -218,8 +218,8 @@ def started() -> None:
 async def test_loading_and_unloading_do_not_disturb_recorded_calls(
     folder: Path, gpu: FakeGpu, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Rounds of it while others are served, at sizes that are recorded meanwhile: no call is lost, no recording is, none fails to
-    be freed, and memory is flat."""
+    """In rounds, while other requests are served and recorded at new sizes: no call and no recording is lost, all are freed, and
+    memory is flat."""
     sizes = [(64, 64), (72, 64), (64, 72), (80, 64), (64, 80), (88, 64), (64, 88), (96, 64)]
     rounds, used = 6, []
     async with rig(folder) as it:

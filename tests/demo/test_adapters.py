@@ -52,7 +52,7 @@ def border(image: Floats) -> float:
     return float(np.abs(edge - PAPER).mean())
 
 
-def test_lora_and_mask_do_what_they_are_for_in_one_batch(pipeline: SteppedPipeline, cases: list[Case]) -> None:
+def test_lora_and_mask_take_effect_in_one_batch(pipeline: SteppedPipeline, cases: list[Case]) -> None:
     half = Image.new("L", (256, 256), "black")
     half.paste("white", (0, 0, 256, 96))
     first = cases[0]

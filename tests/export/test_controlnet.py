@@ -105,7 +105,7 @@ def test_an_export_is_repeated_only_after_a_change(tiny_controlnet: Get, tmp_pat
             export_model(options)
 
 
-def test_a_dry_run_says_what_becomes_of_a_controlnet(tiny_controlnet: Get, tmp_path: Path) -> None:
+def test_dry_run_describes_the_export_of_a_controlnet(tiny_controlnet: Get, tmp_path: Path) -> None:
     options = ExportOptions(str(tiny_controlnet("sd1-a")), tmp_path / "net")
     checkpoint, contents = survey(options, Progress())
     found = forecast(checkpoint, options, plan(checkpoint.layout), contents)

@@ -1,4 +1,4 @@
-"""Fused graphs: as many fusions as the architecture has places, the same numbers, and no weight in memory meanwhile."""
+"""Fused graphs: the architecture's number of fusions, the same results, and no weight in memory during the fusion."""
 
 from collections import Counter
 from collections.abc import Callable

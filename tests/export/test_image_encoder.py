@@ -85,7 +85,7 @@ def test_a_folder_as_published_is_read(source: Path, tmp_path: Path) -> None:
     assert made.manifest.family == FAMILY
 
 
-def test_a_dry_run_says_what_becomes_of_an_image_encoder(tiny_image_encoder: Get, tmp_path: Path) -> None:
+def test_dry_run_describes_the_export_of_an_image_encoder(tiny_image_encoder: Get, tmp_path: Path) -> None:
     options = ExportOptions(str(tiny_image_encoder("h")), tmp_path / "clip", precision="fp16")
     checkpoint, contents = survey(options, Progress())
     found = forecast(checkpoint, options, plan(checkpoint.layout), contents)

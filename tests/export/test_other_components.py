@@ -128,7 +128,7 @@ def test_an_argument_varies_by_its_value_and_not_by_its_address() -> None:
     assert calls.varying == ["kv_cache_mode"]
 
 
-def test_a_denoiser_that_takes_a_mask_of_its_texts_is_a_graph(bundle: Get) -> None:
+def test_denoiser_with_a_text_mask_is_exported_as_a_graph(bundle: Get) -> None:
     """Such as Chroma's transformer."""
     manifest = read_manifest(bundle("chroma"))
     assert manifest.backend == "onnx", manifest.backend_reason

@@ -91,7 +91,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     [[(2, 2)], [(8, 8)], [(4, 6)], [(10, 26)], [(34, 12)], [(16, 18), (6, 4)], [(4, 4), (20, 10), (8, 30)]],
     ids=str,
 )
-def test_images_of_any_size_and_number_are_seen_as_by_transformers(made: Made, grids: list[tuple[int, int]]) -> None:
+def test_images_of_any_size_and_number_match_transformers(made: Made, grids: list[tuple[int, int]]) -> None:
     """The last hidden state, and with it the features of each image."""
     asked = call(11, *grids)
     with torch.no_grad():

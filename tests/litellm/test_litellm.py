@@ -1,4 +1,4 @@
-"""LiteLLM's proxy, configured as docs/http.md says, between OpenAI's client and the HTTP front."""
+"""LiteLLM's proxy, configured as in docs/http.md, between OpenAI's client and the HTTP front."""
 
 import contextlib
 import os

@@ -513,7 +513,7 @@ async def test_image_prompts_have_an_adapter_images_and_a_scale_and_are_kept_wit
     await expect(page.locator(".image-prompts")).to_be_hidden()
 
 
-async def test_a_model_that_reads_a_control_image_asks_for_one(visitor: Visitor, stand: Stand) -> None:
+async def test_model_with_a_control_input_requires_a_control_image(visitor: Visitor, stand: Stand) -> None:
     """Without a ControlNet and numbers. The choice for another model is kept for that one."""
     await visitor.see("Server's default (m)")
     await visitor.choose()

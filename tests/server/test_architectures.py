@@ -67,7 +67,7 @@ def expected(pipe: Any, image: Image.Image, seed: int, size: tuple[int, int], **
     ignored = type(pipe).__name__ in ("KolorsImg2ImgPipeline", "ZImageImg2ImgPipeline")  # a width: they keep the source's size
     if ("width" not in known and not source_rule(pipe).sets_size) or ignored:
         image = pipe.image_processor.resize(image, height, width)  # as its user would have to
-    if "KandinskyV22" in type(pipe).__name__:  # which hands them to its image processor the wrong way round
+    if "KandinskyV22" in type(pipe).__name__:  # which passes them to its image processor in the wrong order
         width, height = height, width
     offered = {"width": width, "height": height, "max_area": width * height, "intermediate_timesteps": None, **settings}
     chosen = {name: value for name, value in offered.items() if name in known}

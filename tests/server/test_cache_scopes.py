@@ -46,7 +46,7 @@ def test_without_tokens_there_is_one_scope() -> None:
 
 @pytest.mark.parametrize("model", ["sd1", "sdxl"])
 def test_cached_encodings_are_not_shared_between_scopes(bundle: Callable[[str], Path], model: str) -> None:
-    """The first request of a scope looks the same to it, whatever other scopes sent before."""
+    """For its client, the first request of a scope is the same, independent of other scopes' requests."""
     cache = Cache(2**24)
     pipeline = load_pipeline(bundle(model), read_manifest(bundle(model)), Execution("cpu"), cache=cache)
     image = Image.new("RGB", (64, 64), "teal")

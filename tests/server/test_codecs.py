@@ -187,7 +187,7 @@ async def test_codec_job_is_ended_at_its_time_limit(codecs: Codecs, monkeypatch:
 
 async def begun(codecs: Codecs, *jobs: "asyncio.Task[Any]") -> None:
     """Returns once so many jobs are in progress."""
-    while codecs.stats["decode"].running < len(jobs):  # noqa: ASYNC110 - it counts, and tells nobody
+    while codecs.stats["decode"].running < len(jobs):  # noqa: ASYNC110 - it counts without an event
         await asyncio.sleep(0)
 
 
@@ -253,7 +253,7 @@ async def test_killed_idle_codec_process_is_replaced(codecs: Codecs) -> None:
     before = {child.pid for child in psutil.Process().children()}
     for child in psutil.Process().children():
         child.kill()
-    while any(process.alive for process in codecs._decoders._all):  # noqa: ASYNC110 - asyncio notices, and tells nobody
+    while any(process.alive for process in codecs._decoders._all):  # noqa: ASYNC110 - asyncio has no event for it
         await asyncio.sleep(0)
     assert await answers(codecs)
     assert not before & {child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
@@ -273,7 +273,7 @@ async def test_image_above_the_memory_budget_is_refused_at_once_unless_alone(cod
 
 @pytest.fixture
 def busy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """Runs a server whose decoders all run for ever, and gives it and its calls."""
+    """A server whose decoders never end, and its calls."""
     make_importable(monkeypatch)
     monkeypatch.setattr(parsing, "LoadImage", Endless)
 

@@ -431,7 +431,7 @@ def test_requests_with_other_controls_share_a_server(client: Client, oracle: Cal
             assert np.abs(image - oracle("sd1", MIXES[index], 5 + index)).max() <= 1, MIXES[index]
 
 
-def test_controls_over_http_draw_what_grpc_draws(server: RunningServer, client: Client) -> None:
+def test_controls_over_http_match_grpc(server: RunningServer, client: Client) -> None:
     """As a short text with files, and as JSON with addresses, files or both."""
     mix = MIXES[5]
     wanted = [Control(use[0], image_of(use[0]), use[1], use[2], use[3]) for use in mix]

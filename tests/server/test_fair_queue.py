@@ -120,7 +120,7 @@ async def test_cancelled_job_returns_its_slot_exactly_once(leave: str) -> None:
         stage.tasks[1].cancel()
     if leave == "granted":
         stage._ends["first"][0].set()
-        while stage.slots.waiting:  # noqa: ASYNC110 - it counts, and tells nobody
+        while stage.slots.waiting:  # noqa: ASYNC110 - it counts without an event
             await asyncio.sleep(0)
         stage.tasks[1].cancel()
     if leave == "running":

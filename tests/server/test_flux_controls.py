@@ -237,7 +237,7 @@ def test_a_controlnet_of_another_family_is_refused(bundle: Get, control_bundle: 
             load(bundle(model), known).plan(dataclasses.replace(request, controls=(ControlUse(letter, image_of("a")),)))
 
 
-def test_a_bundle_without_a_control_graph_says_how_to_make_one(bundle: Get) -> None:
+def test_missing_control_graph_error_explains_how_to_make_one(bundle: Get) -> None:
     with pytest.raises(
         InvalidField, match=r"^controls: this model takes no controls: it has no control graph: .*--control-graphs"
     ):

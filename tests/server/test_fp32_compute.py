@@ -75,7 +75,7 @@ def test_moved_weights_are_used() -> None:
 @pytest.mark.parametrize(
     "name", nightly_but(["qwenimage-edit", "sd3", "flux-dev", "zimage", "klein", "kontext"], "sd3", "zimage")
 )
-def test_pipeline_stored_in_bf16_draws_what_its_copy_in_fp32_draws(name: str, tiny_model: Get) -> None:
+def test_bf16_pipeline_matches_its_fp32_copy(name: str, tiny_model: Get) -> None:
     directory = tiny_model(name)
     pipe = Loader(directory, read_layout(read_index(directory / INDEX_NAME))).pipeline(torch.bfloat16)
     case = images.image_cases(pipe, "")[0]

@@ -34,7 +34,7 @@ PLAIN = ImageAdapterHeader("plain", AdapterNeeds("plain", EMBEDDING, KIND))
 
 
 @pytest.mark.parametrize(("kind", "width"), [("plain", EMBEDDING), ("full", STATE), ("plus", STATE)])
-def test_the_header_says_what_an_adapter_needs(kind: str, width: int, tmp_path: Path) -> None:
+def test_header_determines_what_an_adapter_needs(kind: str, width: int, tmp_path: Path) -> None:
     write_header(tmp_path / "style" / "soft.safetensors", kind)
     adapter, file = ImageAdapterFiles(tmp_path).read("style/soft"), ImageAdapterFiles(tmp_path).find("style/soft")
     assert adapter == ImageAdapterHeader("style/soft", AdapterNeeds(kind, width, KIND))  # type: ignore[arg-type]
@@ -201,7 +201,7 @@ def test_a_model_lists_the_adapters_that_fit_it_and_have_an_image_encoder() -> N
 
 
 @pytest.mark.parametrize(("name", "takes"), [("sd1", True), ("sdxl", True), ("sd3", False)])
-def test_a_bundle_says_which_adapters_fit_it(name: str, takes: bool, bundle: Get) -> None:
+def test_configuration_of_a_bundle_determines_fitting_adapters(name: str, takes: bool, bundle: Get) -> None:
     kind = prompt_kind(bundle(name), read_manifest(bundle(name)))
     assert (kind is not None) == takes
     assert kind is None or (len(kind.layer_widths) > 1 and kind.text_width > 1)

@@ -49,7 +49,7 @@ def test_pixels_match_transformers_to_1e_6(size: tuple[int, int], side: int) -> 
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
-def test_an_image_of_extreme_sides_is_not_blown_up() -> None:
+def test_image_of_extreme_aspect_ratio_is_not_enlarged() -> None:
     """224 x 224 times 20000 pixels would be 3 GB."""
     assert centered_square(Image.new("RGB", (1, 20_000), "red"), 224).size == (224, 224)
 
@@ -143,7 +143,7 @@ def test_an_image_encoder_is_listed_loaded_and_unloaded_like_a_model(client: Cli
     }
 
 
-def test_a_request_to_an_image_encoder_says_what_it_is(client: Client) -> None:
+def test_request_to_an_image_encoder_is_refused_with_an_explanation(client: Client) -> None:
     with pytest.raises(InvalidRequest, match="'clip' is an image encoder, which other models' requests"):
         client.transform(sample_image(64, 64), model="clip")
 

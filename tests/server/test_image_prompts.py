@@ -444,7 +444,7 @@ def test_models_without_image_prompts_refuse_them(
     pipeline.close()
 
 
-def test_a_server_draws_what_diffusers_draws(
+def test_server_images_match_diffusers(
     bundle: Get,
     image_encoder_bundle: Get,
     adapters: Get,

@@ -91,7 +91,7 @@ class Talkative:
 
 @pytest.mark.parametrize("broken", [False, True])
 async def test_ended_stream_frees_its_unread_responses(broken: bool) -> None:
-    """However it ends: its caller is gone, or what that sent cannot be read."""
+    """Whether its caller disconnected, or its message cannot be parsed."""
 
     async def requests() -> AsyncIterator[Any]:
         for name in "abc":

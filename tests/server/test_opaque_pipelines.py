@@ -69,7 +69,7 @@ def test_model_reports_why_it_runs_in_pytorch(client: Client) -> None:
 def test_opaque_pipeline_image_matches_diffusers(client: Client, oracle: Any, size: tuple[int, int], count: int) -> None:
     result = client.transform(source(size), prompt="a lake", seed=3, image_count=count, **SETTINGS)
     for index, image in enumerate(result.images):
-        # Width and height change places: diffusers' Kandinsky hands them to its image processor the wrong way round.
+        # Width and height are exchanged: diffusers' Kandinsky passes them to its image processor in the wrong order.
         expected = oracle(
             "a lake", image=source(size), width=size[1], height=size[0],
             generator=torch.Generator().manual_seed(3 + index), **SETTINGS,

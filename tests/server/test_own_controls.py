@@ -281,7 +281,7 @@ def test_every_api_sends_the_image_that_a_model_reads_by_itself(
     assert np.array_equal(pixels(answered.as_numpy("images").flatten()[0]), pixels(first))
 
 
-def test_models_say_that_they_need_a_control_image(server: RunningServer, client: Client) -> None:
+def test_models_list_required_control_images(server: RunningServer, client: Client) -> None:
     models = {model.id: model for model in (*client.models(), client.load_model(PAG))}
     listed = {name: {field.name for field in model.fields if "controls" in field.name} for name, model in models.items()}
     assert listed == {FLUX: {"controls"}, PAG: {"controls", "controls.scale", "controls.start", "controls.end"}}

@@ -79,7 +79,7 @@ def drawing(pipe: Any) -> list[tuple[str, Any]]:
                 generator = torch.Generator().manual_seed(0)
                 with torch.no_grad():
                     pipe("a lake", image=image(), num_inference_steps=STEPS, generator=generator, output_type="latent")
-            except Exception:  # noqa: BLE001 - whatever a scheduler of another kind raises
+            except Exception:  # noqa: BLE001 - any error of an unsupported scheduler
                 assert not options, f"{name} with {options} is a test case, so diffusers has to draw with it"
                 continue
             found.append((f"{name} {options}", scheduler))

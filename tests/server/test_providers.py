@@ -28,7 +28,7 @@ def _forget() -> Iterator[None]:
 
 @pytest.fixture
 def every_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An ONNX Runtime that says it has everything, as those for GPUs do wherever they are installed."""
+    """An ONNX Runtime that lists all providers, as its GPU builds do on every machine."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(FULL_NAMES.values()))
 
 
@@ -81,7 +81,7 @@ def test_missing_driver_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 class Driver:
-    """NVIDIA's driver, with as many devices as it is told."""
+    """A fake of NVIDIA's driver with this number of devices."""
 
     def __init__(self, devices: int, fails: int = 0) -> None:
         self._devices, self._fails = devices, fails

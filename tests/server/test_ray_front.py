@@ -1,4 +1,4 @@
-"""The front over scripted replicas: each request ends exactly once, whatever happens to its replica."""
+"""The front over scripted replicas: each request ends exactly once, also if its replica fails."""
 
 import asyncio
 import math
@@ -227,7 +227,7 @@ async def test_waiting_for_a_replica_ends_with_an_error() -> None:
 
 
 async def test_total_queue_of_all_fronts_is_limited() -> None:
-    """Others' requests show in what replicas tell; this front's own at once, before anybody has looked."""
+    """Other fronts' requests are in the replicas' reports; this front's own count at once, before the next poll."""
     async with rig(max_waiting=2, max_active=1) as it:
         loads(it, Load(9.0, 1, 1, ("m",)), Load(9.0, 2, 1, ("m",)))
         await it.roster.poll()

@@ -272,7 +272,7 @@ async def test_unload_waits_for_running_requests_and_frees_memory(folder: Path) 
 
 
 async def test_model_of_a_cancelled_request_stays_loaded_until_it_ends(folder: Path) -> None:
-    """The lease is gone, and the device is still at work on it."""
+    """The lease has ended, and the device still computes."""
     async with rig(folder) as it:
         await use(it, "a")
         (pipeline,) = it.memory.opened

@@ -117,7 +117,7 @@ def test_connection_limit_frees_slots_when_connections_close(monkeypatch: pytest
         assert kinds == [raw_http2.SETTINGS] * 2
         assert not _is_accepted(server), "a third is closed without a word"
         first.close()
-        while not _is_accepted(server):  # the server hears of that a moment later
+        while not _is_accepted(server):  # the server notices this a moment later
             threading.Event().wait(0.05)
         second.close()
 

@@ -35,7 +35,7 @@ def test_missing_provider_is_an_error(provider: str, bundle: Callable[[str], Pat
 def test_pytorch_below_float32_needs_the_accuracy_check(
     bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = bundle("sana-sprint")  # Made before anything is played: others share it.
+    folder = bundle("sana-sprint")  # Made before the fakes are installed, since other tests share it.
     monkeypatch.setattr(loader, "choose_dtype", lambda device, execution: torch.bfloat16)
     with caplog.at_level(logging.INFO):
         pipeline = load_pipeline(folder, replace(read_manifest(folder), references=()), Execution("cpu"))
@@ -53,9 +53,9 @@ def test_session_that_falls_back_to_the_cpu_is_an_error(
     got."""
     if not probe(provider).problem:
         pytest.skip(f"this machine has {provider}")
-    folder = bundle("demo")  # Made before anything is played: others share it.
+    folder = bundle("demo")  # Made before the fakes are installed, since other tests share it.
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(FULL_NAMES.values()))
-    monkeypatch.setattr(providers, "probe", lambda name: Probe(name, problem="" if name == provider else "not played"))
+    monkeypatch.setattr(providers, "probe", lambda name: Probe(name, problem="" if name == provider else "not faked"))
     with pytest.raises(BundleError, match="was to run on"):
         open_session(folder / "unet" / "model.onnx", SessionOptions(provider))
     with pytest.raises(BundleError, match="was to run on"):

@@ -204,9 +204,7 @@ def difference(one: Any, other: Any) -> int:
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
-def test_a_request_with_a_speedup_skips_what_a_loop_over_diffusers_modules_skips(
-    model: Model, name: str, guidance: float
-) -> None:
+def test_speedup_matches_a_skipping_loop_over_diffusers_modules(model: Model, name: str, guidance: float) -> None:
     model.offer(name)
     request = ask(guidance_scale=guidance)
     skips = SETTINGS[name] if guidance > 1 or name != "guidance" else None
@@ -218,7 +216,7 @@ def test_a_request_with_a_speedup_skips_what_a_loop_over_diffusers_modules_skips
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", SETTINGS)
-def test_sdxl_skips_what_a_loop_over_diffusers_modules_skips(bundle: Get, tiny_model: Get, name: str) -> None:
+def test_sdxl_speedup_matches_a_skipping_loop_over_diffusers_modules(bundle: Get, tiny_model: Get, name: str) -> None:
     model = Model(bundle("sdxl:fp32:speedups"), tiny_model("sdxl"))
     model.offer(name)
     request = ask()
@@ -343,7 +341,7 @@ def test_unmeasured_request_is_exact_with_a_warning(model: Model, changes: dict[
     assert difference(image, exact) == 0
 
 
-def test_a_model_without_measured_speedups_is_exact_and_says_so(model: Model) -> None:
+def test_model_without_measured_speedups_is_exact_with_a_warning(model: Model) -> None:
     model.offer()
     (warning,) = model.pipeline.plan(ask()).warnings
     assert "no measured speedups" in warning.description

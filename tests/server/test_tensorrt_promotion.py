@@ -1,7 +1,5 @@
-"""TensorRT's promotion from end to end, with stand-ins for its libraries.
-
-A program that writes a file stands for its builder, and sessions on the CPU for its engines; the server, the bundle, its
-images, the cache and the processes are real.
+"""TensorRT's promotion from end to end, with fakes for its libraries: a program that writes a file instead of its builder, and
+sessions on the CPU instead of its engines; the server, the bundle, its images, the cache and the processes are real.
 """
 
 import json

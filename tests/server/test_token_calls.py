@@ -123,7 +123,7 @@ def test_call_counts_towards_concurrency_until_it_ends_in_any_way(
 
 
 def _until_admitted(call: Callable[[], object]) -> object:
-    """The server hears of a cancellation a moment after its caller: asks until the place is free."""
+    """The server notices a cancellation a moment after its caller, so this retries until the slot is free."""
     for _ in range(2000):
         try:
             return call()
