@@ -109,8 +109,8 @@ class _Filled:
         self.tickets.pop().cancel()
         self.engine.step()
 
-    def make_news_due(self) -> None:
-        """Lets so much time pass that news is due for all waiting requests, and takes the one step that this makes longer."""
+    def make_updates_due(self) -> None:
+        """Advances the clock until updates are due for all waiting requests, and takes the longer step that follows."""
         self.top_up()
         self._device.now += 2.0
         self.engine.step()
@@ -128,7 +128,7 @@ def measure(load: Load, waiting: int, times: int) -> dict[str, float]:
         "step": (filled.top_up, filled.engine.step),
         "step after a cancellation": (filled.top_up, filled.cancel_last),
         "submit": (filled.top_up, filled.submit),
-        "step with news": (filled.make_news_due, filled.engine.step),
+        "step with updates": (filled.make_updates_due, filled.engine.step),
     }
     figures = {name: statistics.quantiles([_timed(*work) for _ in range(times)], n=10)[0] * 1e6 for name, work in works.items()}
     figures["submit while filling"] = filled.fill_seconds / waiting * 1e6

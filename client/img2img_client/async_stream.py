@@ -105,12 +105,12 @@ class AsyncTransformStream(AsyncIterator[TransformEvent]):
                     self.request_id = parse_request_id(await call.initial_metadata())
                     self._span.answered(self.request_id)
                 event = parse_event(message, self.request_id)
-                news = None if event is None else state.accept(event)
-                if news is None:
+                update = None if event is None else state.accept(event)
+                if update is None:
                     continue
-                if isinstance(news, Completed):
+                if isinstance(update, Completed):
                     await self._finish(call)
-                return news
+                return update
         raise ended_without_result(self.request_id)
 
     async def _finish(self, call: "_Call") -> None:

@@ -110,10 +110,10 @@ class TransformStream(Iterator[TransformEvent]):
                 self.request_id = parse_request_id(self._call.initial_metadata())
                 self._span.answered(self.request_id)
             event = parse_event(message, self.request_id)
-            news = None if event is None else self._state.accept(event)
-            if news is None:
+            update = None if event is None else self._state.accept(event)
+            if update is None:
                 continue
-            if isinstance(news, Completed):
+            if isinstance(update, Completed):
                 self._finish()
-            return news
+            return update
         raise ended_without_result(self.request_id)

@@ -116,7 +116,7 @@ class Session:
             self.fail(Failure("The mask cannot be used.", str(error), "mask"))
             return
         self.extras = replace(self.extras, mask=mask)
-        self._mend("mask")
+        self._clear_failure("mask")
 
     def add_reference(self, data: bytes, name: str) -> None:
         """Adds a file to the references; shows a failure if it cannot be used."""
@@ -125,7 +125,7 @@ class Session:
             return
         if len(self.extras.references) < self.most_references:
             self.extras = replace(self.extras, references=(*self.extras.references, image))
-            self._mend("reference_images")
+            self._clear_failure("reference_images")
 
     @property
     def most_references(self) -> int:
@@ -140,7 +140,7 @@ class Session:
     def remove_reference(self, image: ImageFile) -> None:
         """Removes one of the references."""
         self.extras = replace(self.extras, references=tuple(kept for kept in self.extras.references if kept is not image))
-        self._mend("reference_images")
+        self._clear_failure("reference_images")
 
     def add_control(self, data: bytes, name: str) -> None:
         """Adds a file to the control images, for the ControlNet of the last one or the first that fits, or for the model itself;
@@ -152,7 +152,7 @@ class Session:
         known = ("",) if not names_controlnets(self.model) else (*(one.model for one in controls[-1:]), *self.controlnets)
         if len(controls) < most_controls(self.model) and known:
             self.extras = replace(self.extras, controls=(*controls, ControlImage(image, known[0])))
-            self._mend("controls")
+            self._clear_failure("controls")
 
     def change_control(self, control: ControlImage) -> None:
         """Replaces the control of the same image. Listeners are called only to remove a failure, since the change comes from the
@@ -160,12 +160,12 @@ class Session:
         controls = tuple(control if one.image is control.image else one for one in self.extras.controls)
         self.extras = replace(self.extras, controls=controls)
         if self.failure is not None and self.failure.field == "controls":
-            self._mend("controls")
+            self._clear_failure("controls")
 
     def remove_control(self, image: ImageFile) -> None:
         """Removes the control of an image."""
         self.extras = replace(self.extras, controls=tuple(one for one in self.extras.controls if one.image is not image))
-        self._mend("controls")
+        self._clear_failure("controls")
 
     def add_prompt_image(self, data: bytes, name: str, prompt_id: str) -> None:
         """Adds a file to the image prompt with this id, or to a new one, for the adapter of the last one or the first that fits;
@@ -185,20 +185,20 @@ class Session:
             last = prompts[-1].adapter if prompts else ""
             new = PromptImages(prompt_id, last if last in adapters else adapters[0], (image,))
             self.extras = replace(self.extras, prompts=(*prompts, new))
-        self._mend("image_prompts")
+        self._clear_failure("image_prompts")
 
     def change_prompt(self, prompt: PromptImages) -> None:
         """Replaces the image prompt with the same id. Listeners are called only to remove a failure, since the change comes from
         the page."""
         self._set_prompt(prompt)
         if self.failure is not None and self.failure.field == "image_prompts":
-            self._mend("image_prompts")
+            self._clear_failure("image_prompts")
 
     def remove_prompt_image(self, image: ImageFile) -> None:
         """Removes an image from its image prompt, and the prompt with its last image."""
         kept = (replace(one, images=tuple(has for has in one.images if has is not image)) for one in self.extras.prompts)
         self.extras = replace(self.extras, prompts=tuple(one for one in kept if one.images))
-        self._mend("image_prompts")
+        self._clear_failure("image_prompts")
 
     def _set_prompt(self, prompt: PromptImages) -> None:
         prompts = tuple(prompt if one.id == prompt.id else one for one in self.extras.prompts)
@@ -212,7 +212,7 @@ class Session:
             self.fail(Failure(f"The image cannot be used as {what}.", str(error), field))
             return None
 
-    def _mend(self, field: str) -> None:
+    def _clear_failure(self, field: str) -> None:
         if self.failure is not None and self.failure.field == field:
             self.failure = None
         self._changed()

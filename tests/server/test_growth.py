@@ -124,7 +124,7 @@ class Filled:
             ticket.cancel()
             self.engine.step()
 
-    def news(self) -> None:
+    def updates(self) -> None:
         for _ in range(20):
             self.clock.now += 1.5
             self.engine.step()
@@ -144,7 +144,7 @@ def check(load: Load, work: Callable[[Filled], None], few_waiting: int = FEW) ->
     assert many <= 1.2 * few
 
 
-@pytest.mark.parametrize("work", [Filled.step, Filled.submit_some, Filled.cancel, Filled.news], ids=lambda work: work.__name__)
+@pytest.mark.parametrize("work", [Filled.step, Filled.submit_some, Filled.cancel, Filled.updates], ids=lambda work: work.__name__)
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_work_per_step_does_not_grow_with_the_queue_length(load: Load, work: Callable[[Filled], None]) -> None:
     check(load, work)

@@ -124,10 +124,10 @@ def test_requests_with_changed_costs_are_reordered() -> None:
         it.add(make_job(number, 5), 0.0)
     it.add(make_job(10, 5, step_seconds=0.1), 0.0)
     assert it.order(0.0)[0] == 10, "of what was known before"
-    for ticket in it.queue.looked_at_before(0.0, 100):
+    for ticket in it.queue.forecast_before(0.0, 100):
         it.queue.update(ticket, make_job(ticket.number, 5, step_seconds=0.1), 1.0)
     assert it.order(0.0) == list(range(11))
-    assert it.queue.looked_at_before(0.5, 100) == []
+    assert it.queue.forecast_before(0.5, 100) == []
 
 
 @pytest.mark.parametrize(

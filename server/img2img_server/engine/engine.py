@@ -308,7 +308,7 @@ class Engine:
         """Updates forecasts, and notifies waiting requests whose position has changed: a few at a time."""
         now = self._clock()
         with self._changed:
-            moved = self._scheduler.news(now)
+            moved = self._scheduler.update_forecasts(now)
         for ticket in moved:
             ticket.notify(Queued(ticket.position, None if ticket.expected is None else max(0.0, ticket.expected - now)))
 

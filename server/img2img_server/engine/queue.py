@@ -28,12 +28,12 @@ _CHANGED = 0.2
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A waiting request. `rank` is its rank in its client's line. `alarm` is the time at which its deadline starts to press,
-    after that the deadline itself; None without a deadline. `looked_at` is the time at which its position was last computed."""
+    """A waiting request. `rank` is its rank in its client's line. `alarm` is the time at which its deadline becomes urgent,
+    after that the deadline itself; None without a deadline. `forecast_at` is the time at which its position was last computed."""
 
     ticket: Ticket
     job: Job
-    looked_at: float
+    forecast_at: float
     rank: Rank = (True, 0.0, 0.0, 0)
     seconds: float = 0.0
     alarm: float | None = None
@@ -96,7 +96,7 @@ class Queue:
     def update(self, ticket: Ticket, job: Job, now: float) -> None:
         """Records that the position of `ticket` was computed, and moves it if its seconds have changed."""
         entry = self._entries[ticket.number]
-        entry.looked_at = now
+        entry.forecast_at = now
         self._entries.move_to_end(ticket.number)
         kind = self._price(job)
         if job.seconds_left != entry.seconds:
@@ -123,10 +123,10 @@ class Queue:
             del self._active[client]
             self._show(client)
 
-    def looked_at_before(self, time: float, most: int) -> list[Ticket]:
+    def forecast_before(self, time: float, most: int) -> list[Ticket]:
         """Up to `most` requests whose position was not computed since `time`, the least recent first."""
         entries = islice(self._entries.values(), most)
-        return [entry.ticket for entry in takewhile(lambda entry: entry.looked_at <= time, entries)]
+        return [entry.ticket for entry in takewhile(lambda entry: entry.forecast_at <= time, entries)]
 
     def first_of(self, client: str, most: int) -> list[Ticket]:
         """The first requests of a client's line, up to `most`."""

@@ -20,15 +20,16 @@ from img2img_server.settings.setting import setting
 _MOST_FORECAST = 48
 """Maximum requests for which a forecast simulates the policy. This takes quadratic time, and for more requests it is no more
 accurate than the summed work of the requests ahead."""
-_NEWS_INTERVAL = 1.0
+_FORECAST_INTERVAL = 1.0
 """Seconds between two forecasts of a request."""
-_LEAST_NEWS, _MOST_NEWS = 4, 32
-"""Waiting requests that are forecast between two steps, in turn, if more than `_MOST_FORECAST` wait or are active."""
-_SECONDS_PER_NEWS = 0.005
-"""Between the minimum and the maximum, one is forecast for each such time since the step before."""
+_LEAST_UPDATED, _MOST_UPDATED = 4, 32
+"""The minimum and maximum of waiting requests that are forecast between two steps, in turn, if more than `_MOST_FORECAST` wait or
+are active."""
+_SECONDS_PER_UPDATE = 0.005
+"""Between these, one request is forecast for each such time since the step before."""
 _SUMMED_CALLS = 8
-"""Calls after which the sums over active requests, used for estimates, are computed again, and requests are sought that could
-join a call where there were none."""
+"""Calls after which the sums over active requests, used for estimates, are computed again, and requests that could join a call
+are searched again if there were none."""
 _MOST_COMPARED = 32
 """Waiting requests that are searched for ones with the first one's shape, to be admitted with it."""
 
@@ -78,7 +79,7 @@ class Scheduler:
         self._clients: Counter[str] = Counter()  # waiting and active requests for which no slot counts
         self._corrections = Corrections()
         self._unknown: set[str] = set()  # models of requests that came before their costs were known
-        self._forecast_at = self._news_at = -math.inf
+        self._forecast_at = self._updated_at = -math.inf
         self._jobs: dict[int, Job] = {}  # of active requests
         self._kinds: Counter[Hashable] = Counter()  # active requests of each kind
         self._calls = 0
@@ -174,7 +175,7 @@ class Scheduler:
         cancelled = [self.cancelled.popleft() for _ in range(len(self.cancelled))]
         late = [ticket for ticket in self.active if ticket.request.deadline is not None and ticket.request.deadline <= now]
         tickets = (*cancelled, *late, *self._queue.expired(now))
-        return [(ticket, error) for ticket in tickets if (error := _gone(ticket, now)) and self.leave(ticket)]
+        return [(ticket, error) for ticket in tickets if (error := _ending_error(ticket, now)) and self.leave(ticket)]
 
     def admit(self, now: float) -> list[Ticket]:
         """Admits the first waiting request that could join a call and a few that share its shape, so the active ones wait for one
@@ -286,20 +287,19 @@ class Scheduler:
             return self._policy.next_seconds(jobs, self._max_rows, now)
         return next(end for _, end in self._policy.forecast(jobs, self._max_rows, now)) - now
 
-    def news(self, now: float) -> list[Ticket]:
-        """Updates when requests are expected to be finished, each once in a while. Returns waiting ones whose position has
-        changed."""
-        since, self._news_at = now - self._news_at, now
-        due = now - self._forecast_at >= _NEWS_INTERVAL
+    def update_forecasts(self, now: float) -> list[Ticket]:
+        """Updates the expected ends of requests, each about once a second. Returns waiting ones whose position has changed."""
+        since, self._updated_at = now - self._updated_at, now
+        due = now - self._forecast_at >= _FORECAST_INTERVAL
         if due:
             self._forecast_at = now
         if any(map(self._costs.knows, self._unknown)):
             self._price_again(now)
         if self._few:
-            return self._look_at_all(now) if due else []
+            return self._forecast_all(now) if due else []
         if due:
-            self._look_at_active(now)
-        return self._look_at_some(now, int(min(_MOST_NEWS, max(_LEAST_NEWS, since / _SECONDS_PER_NEWS))))
+            self._forecast_active(now)
+        return self._forecast_some(now, int(min(_MOST_UPDATED, max(_LEAST_UPDATED, since / _SECONDS_PER_UPDATE))))
 
     def learn(self, ticket: Ticket, seconds: float) -> None:
         """Records how long a request took, to correct later forecasts."""
@@ -310,7 +310,7 @@ class Scheduler:
         """Whether so few requests wait or are active that the policy is simulated."""
         return len(self.active) + len(self.waiting) <= _MOST_FORECAST
 
-    def _look_at_all(self, now: float) -> list[Ticket]:
+    def _forecast_all(self, now: float) -> list[Ticket]:
         waiting = [(ticket, self._job(ticket)) for ticket in self.waiting]
         tickets = {ticket.number: ticket for ticket in (*self.active, *self.waiting)}
         jobs = (*self._active_jobs(), *(job for _, job in waiting))
@@ -321,23 +321,23 @@ class Scheduler:
         return [ticket for position, ticket in enumerate(self._in_order(now)) if _moved(ticket, position)]
 
     def _price_again(self, now: float) -> None:
-        """Sorts in again all waiting requests whose costs were unknown when they came and are known now. Once for a model."""
+        """Sorts again all waiting requests whose costs were unknown on their arrival and are known now. Once for each model."""
         known = {model for model in self._unknown if self._costs.knows(model)}
         self._unknown -= known
         for ticket in self.waiting:
             if ticket.request.model in known:
                 self._queue.update(ticket, self._job(ticket), now)
 
-    def _look_at_active(self, now: float) -> None:
+    def _forecast_active(self, now: float) -> None:
         pace, active, seconds = self._pace(), self._tickets[RequestStatus.ACTIVE], 0.0
         for job in self._policy.order:
             seconds += job.seconds_left
             if job.number in active:
                 self._expect(active[job.number], now, pace * seconds)
 
-    def _look_at_some(self, now: float, most: int) -> list[Ticket]:
+    def _forecast_some(self, now: float, most: int) -> list[Ticket]:
         moved, pace = [], self._pace()
-        for ticket in self._queue.looked_at_before(now - _NEWS_INTERVAL, most):
+        for ticket in self._queue.forecast_before(now - _FORECAST_INTERVAL, most):
             job = self._job(ticket)
             self._queue.update(ticket, job, now)
             position, seconds = self._estimate(job, now, pace)
@@ -347,7 +347,7 @@ class Scheduler:
         return moved
 
     def _expect(self, ticket: Ticket, now: float, forecast: float | None) -> None:
-        """Sets when a request is expected to be finished. Not if nothing was known on its arrival."""
+        """Sets the expected end of a request, unless its costs were unknown on its arrival."""
         if ticket.forecast is not None and forecast is not None:
             ticket.expected = now + self._corrections.apply(ticket, forecast, sum(map(len, self._tickets.values())))
 
@@ -471,7 +471,7 @@ class Scheduler:
         return seconds / next_seconds if next_seconds else float(left.total())
 
 
-def _gone(ticket: Ticket, now: float) -> ServerError | None:
+def _ending_error(ticket: Ticket, now: float) -> ServerError | None:
     if ticket.cancelled:
         return RequestCancelled("the request was cancelled")
     deadline = ticket.request.deadline

@@ -104,7 +104,7 @@ class Promotion:
     def start(self) -> None:
         """Starts the first build, if there are candidates."""
         for candidate in self._candidates:
-            self._tell(candidate, EngineState.BUILDING, "waiting for other candidates")
+            self._report(candidate, EngineState.BUILDING, "waiting for other candidates")
         if self._candidates:
             self._thread.start()
 
@@ -153,21 +153,21 @@ class Promotion:
             self._attempt(candidate)
         except Stopped:
             why = "the server is shutting down" if self._stopping else "the model was unloaded"
-            self._tell(candidate, EngineState.FAILED, why)
+            self._report(candidate, EngineState.FAILED, why)
         except ServerError as error:
-            self._tell(candidate, EngineState.FAILED, str(error))
+            self._report(candidate, EngineState.FAILED, str(error))
         except (BundleError, OSError) as error:
             _log.error("model '%s': %s: %s", candidate.model, candidate.engine, error)
-            self._tell(candidate, EngineState.FAILED, _UNKNOWN_REASON)
+            self._report(candidate, EngineState.FAILED, _UNKNOWN_REASON)
         except Exception:  # noqa: BLE001 - any library's: the serving engine is kept
             _log.exception("model '%s': %s failed", candidate.model, candidate.engine)
-            self._tell(candidate, EngineState.FAILED, _UNKNOWN_REASON)
+            self._report(candidate, EngineState.FAILED, _UNKNOWN_REASON)
         return True
 
     def _attempt(self, candidate: Candidate) -> None:
-        candidate.build(lambda step, done: self._tell(candidate, EngineState.BUILDING, step, done), self._stop)
+        candidate.build(lambda step, done: self._report(candidate, EngineState.BUILDING, step, done), self._stop)
         self._stop.check()
-        self._tell(candidate, EngineState.CHECKING, "loading")
+        self._report(candidate, EngineState.CHECKING, "loading")
         pipeline = candidate.load()
         serving = self._models.get(candidate.model).pipeline
         assert serving is not None, "candidates are made for ready models"
@@ -184,8 +184,8 @@ class Promotion:
             del pipeline, serving, loser  # the list must have the last reference
             let_go(losers, lambda close: self._engine.call(candidate.model, close))
         if problem:
-            return self._tell(candidate, EngineState.REJECTED, problem)
-        self._tell(candidate, EngineState.SERVING, report, 1.0)
+            return self._report(candidate, EngineState.REJECTED, problem)
+        self._report(candidate, EngineState.SERVING, report, 1.0)
 
     def _try(self, candidate: Candidate, pipeline: Pipeline, serving: Pipeline) -> tuple[str, str]:
         """Tests `pipeline`. Returns the reason not to promote it, or "", and the measured times."""
@@ -201,14 +201,14 @@ class Promotion:
             done, count = 0, len(trials) + 2 * _ROUNDS
             images = []
             for trial in trials:
-                self._tell(candidate, EngineState.CHECKING, "drawing", done / count)
+                self._report(candidate, EngineState.CHECKING, "drawing", done / count)
                 images.append(self._draw(replace(trial, model=new)))
                 done += 1
             if problem := candidate.judge(images):
                 return problem, ""
             timed[new].seconds.clear()
             for name in (old, new) * _ROUNDS:
-                self._tell(candidate, EngineState.CHECKING, "timing", done / count)
+                self._report(candidate, EngineState.CHECKING, "timing", done / count)
                 self._draw(replace(trials[0], model=name))
                 done += 1
             # The median, so that slow first calls do not matter.
@@ -241,7 +241,7 @@ class Promotion:
             raise ending.error
         return ending.images[0]
 
-    def _tell(self, candidate: Candidate, state: EngineState, detail: str, progress: float = 0.0) -> None:
+    def _report(self, candidate: Candidate, state: EngineState, detail: str, progress: float = 0.0) -> None:
         """Records a candidate's state, and logs it if the state or detail is new."""
         engines = self._models.get(candidate.model).engines
         before = next((status for status in engines if status.name == candidate.engine), None)
