@@ -124,6 +124,6 @@ def _digest_of(path: Path, found: os.stat_result) -> str:
 
 @functools.lru_cache(_MOST_FILES)
 def _read_digest(path: Path, inode: int, size: int, modified: int) -> str:
-    """Reads a file once for all that look for it, requests and models alike, as long as it is the same one."""
+    """Reads a file once for all requests and models, until it is changed."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

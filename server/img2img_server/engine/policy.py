@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from img2img_server.engine.costs import Costs, Group
 
-_PRESSING = 4.0
-"""A deadline presses when fewer than this many times the request's own remaining seconds are left."""
+_URGENCY = 4.0
+"""A deadline is urgent when fewer than this many times the request's own remaining seconds are left."""
 
 
 JobSeconds = tuple[float, float, float]
@@ -66,20 +66,20 @@ class Job:
         return self.seconds_left + self.steps_done * self.step_seconds
 
     @property
-    def presses_at(self) -> float:
-        """When its deadline begins to press, if no step is done before."""
-        return math.inf if self.deadline is None else self.deadline - _PRESSING * self.seconds_left
+    def urgent_at(self) -> float:
+        """The time at which its deadline becomes urgent, if no step is done before."""
+        return math.inf if self.deadline is None else self.deadline - _URGENCY * self.seconds_left
 
     def rank(self, now: float, before: float = 0.0) -> tuple[bool, float, float, int]:
-        """Sorts jobs: pressing deadlines first, the earliest before the others; then those with the least left to do.
+        """Sorts jobs: urgent deadlines first, the earliest before the others; then those with the least left to do.
 
         Ties are broken by deadline, then by arrival. Background jobs come last. `before` is its client's usage plus the work of
-        its client's jobs ahead of it, in seconds: it counts as the job's own. If it exceeds the job's own, no deadline presses.
+        its client's jobs ahead of it, in seconds: it counts as the job's own. If it exceeds the job's own, no deadline is urgent.
         """
         if self.background:
             return True, math.inf, math.inf, self.number
         left, deadline = self.seconds_left, math.inf if self.deadline is None else self.deadline
-        if before <= left and deadline - now < _PRESSING * left:
+        if before <= left and deadline - now < _URGENCY * left:
             return False, deadline, left, self.number
         return True, before + left, deadline, self.number
 
@@ -134,7 +134,7 @@ def _several(jobs: Sequence[Job]) -> bool:
 
 
 _PATIENCE = 8
-"""Calls that may pass over a request before it leads one; four times as many while a deadline presses."""
+"""Calls that may pass over a request before it leads one; four times as many while a deadline is urgent."""
 _URGENT = 4.0
 """The maximum weight of a delay for a request that is shorter than the joining one."""
 _MOST_STRETCHED = 1.5
@@ -146,7 +146,7 @@ _UNKNOWN = 1.0
 class Policy:
     """Chooses the jobs of each call.
 
-    1. The leader. Jobs with pressing deadlines come first, the earliest first. Otherwise the job with the least work left leads
+    1. The leader. Jobs with urgent deadlines come first, the earliest first. Otherwise the job with the least work left leads
        (shortest remaining time first): a short request that arrives while long ones run takes about its own time, and delays
        them by no more. If too many calls passed over a job of the leader's client, that job leads every second call of its
        client, so none starves. It never leads instead of another client's job: between clients, fair queueing prevents
@@ -156,8 +156,8 @@ class Policy:
        its rows, all join. If it grows with the rows, jobs of about the same length share calls, so that long ones do not delay
        short ones. Clients with more usage than the leader's request takes lengthen its calls by at most half.
 
-    If there are several clients, a job's rank includes its client's usage and its client's requests ahead of it.
-    `max_batch_size` limits the rows of a call; measured costs may limit them further.
+    If there are several clients, a job's rank includes its client's usage and its client's requests ahead of it. `max_batch_size`
+    limits the rows of a call; measured costs may limit them further.
     """
 
     def __init__(self, costs: Costs, max_batch_size: int) -> None:

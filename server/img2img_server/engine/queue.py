@@ -133,7 +133,7 @@ class Queue:
         return [entry.ticket for entry in islice(self._lines.get(client, ()), most)]
 
     def expired(self, now: float) -> list[Ticket]:
-        """The requests whose deadline has passed. Moves requests whose deadline starts to press."""
+        """The requests whose deadline has passed. Moves requests whose deadline becomes urgent."""
         due = list(takewhile(lambda entry: entry.alarm is not None and entry.alarm <= now, self._alarms))
         for entry in due:
             if not _has_passed(entry, now):
@@ -216,7 +216,7 @@ class Queue:
         self._seconds += entry.seconds
         if job.deadline is not None and not job.background:
             begins = math.nextafter(now, math.inf)
-            entry.alarm = max(job.presses_at, begins) if entry.rank[0] else job.deadline
+            entry.alarm = max(job.urgent_at, begins) if entry.rank[0] else job.deadline
         else:
             entry.alarm = job.deadline
         if entry.alarm is not None:

@@ -180,7 +180,7 @@ class Scheduler:
     def admit(self, now: float) -> list[Ticket]:
         """Admits the first waiting request that could join a call and a few that share its shape, so the active ones wait for one
         encoding at most: of one request with image prompts, since each of its images can take as long as many steps. If none is
-        active, all that are alike and fill a call are admitted, and so end together."""
+        active, as many of one kind as fill a call are admitted, so that they end together."""
         free = self.limits.max_active - len(self.active)
         if free <= 0 or not self.waiting:
             return []
@@ -208,9 +208,9 @@ class Scheduler:
         return chosen
 
     def _joining(self, now: float) -> Iterator[Ticket]:
-        """The first waiting requests, in the order of their admission, without those that could not join a call because active
-        requests that are like them, and have priority, fill it. These would be encoded earlier than needed, each alone as it
-        comes, and not together when the active ones end."""
+        """The first waiting requests, in the order of their admission, except requests whose call is filled by active ones of
+        their kind with priority. These stay in the queue, so that they are encoded together when the active ones end, not earlier
+        and one by one."""
         held: dict[Hashable, bool] = {}
         for ticket in itertools.islice(self._in_order(now), _MOST_COMPARED):
             if ticket.kind not in held:  # later ones of that kind have less priority

@@ -1,7 +1,7 @@
 """Masks: after each step the latents outside a request's mask are replaced by the source's, with the noise of the next step.
 
 That is what diffusers' inpainting pipelines do with models that were not trained for inpainting. The number of operations does
-not depend on the number of requests, and requests without a mask take part in none of them.
+not depend on the number of requests, and requests without a mask are excluded from them.
 """
 
 from collections.abc import Callable, Sequence
