@@ -42,7 +42,7 @@ class LoadedPipeline(FakePipeline):
 
     def __init__(self, name: str, size: int) -> None:
         super().__init__()
-        self.name, self.bytes = name, size
+        self.name, self.bytes, self.opened_bytes = name, size, 0
         self.closed_by = ""
         self.unopened_bytes = self.control_bytes = 0
         self.controls_opened = 0

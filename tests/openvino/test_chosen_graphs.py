@@ -20,6 +20,7 @@ from img2img_server.bundle.manifest import Source as BundleSource
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common import cpu
 from img2img_server.runtime.execution import Bucket, Execution
+from img2img_server.runtime.onnx.modules import Graph
 from img2img_server.runtime.onnx.runners import Runner, open_for
 from img2img_server.runtime.onnx.sessions import SessionOptions
 from img2img_server.runtime.providers.buckets import BucketRunner, LaterRunner
@@ -245,6 +246,20 @@ def test_the_graph_for_any_shape_is_opened_before_a_request_of_another_size_is_a
     assert compiler.rows() == [2, 0]
     runner.run(_feed(2, 9, 8))
     assert compiler.rows() == [2, 0]
+
+
+def test_graphs_that_are_opened_later_count_as_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as a compiled graph takes: in fp16 four times the weights' bytes. The first graph was measured with the model."""
+    monkeypatch.setattr(cpu, "available_memory", lambda: 2**30)
+    graph = Graph(_make(folder, FakeCompiler(UNET), Execution(), _manifest(precision="fp16", size=100)))
+    counted = [graph.opened_bytes]
+    for width, height, rows in ((8, 8, 2), (8, 8, 1), (8, 8, 1), (9, 8, 1), (8, 9, 2), (8, 8, 8)):
+        with measuring():  # it waits for graphs of other numbers of rows
+            graph(**_feed(rows, height, width))
+        counted.append(graph.opened_bytes)
+    assert counted == [0, 0, 400, 400, 800, 800, 1200]
+    graph.close()
+    assert graph.opened_bytes == 0
 
 
 def test_other_sizes_run_on_the_cpu_provider_if_only_the_graph_for_any_shape_fails(

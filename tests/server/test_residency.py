@@ -474,6 +474,22 @@ async def test_control_graph_evicts_idle_models_for_its_memory(folder: Path, tak
         assert it.memory.names == ["c"], "nor do they with another model"
 
 
+async def test_graphs_that_calls_opened_count_in_the_models_memory(folder: Path) -> None:
+    """OpenVINO's graphs for other sizes. Those that were opened while the model was measured are counted already."""
+    async with rig(folder, memory=650 * MB) as it:
+        for name in ("a", "b"):
+            await use(it, name)
+        pipeline = control_of(it, "a", 100 * MB)
+        pipeline.opened_bytes = 100 * MB
+        assert it.store.get("a").expected_memory == 300 * MB
+        await use(it, "c")
+        assert sorted(it.memory.names) == ["b", "c"], "the three would take 700 MB"
+        assert it.store.get("a").expected_memory == 200 * MB, "loaded again, it takes what it took then"
+        with it.store.growing("b", it.memory):
+            control_of(it, "b", 0).opened_bytes = 100 * MB
+        assert it.store.get("b").expected_memory == 200 * MB
+
+
 async def test_control_graph_without_memory_for_it_is_refused(folder: Path) -> None:
     async with rig(folder, memory=500 * MB) as it:
         async with it.residency.using(named("a")), it.residency.using(named("b")):

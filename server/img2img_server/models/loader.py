@@ -16,7 +16,7 @@ from img2img_server.engine.request import Completed, Ending, Event, Failed, Pipe
 from img2img_server.engine.warmup import Size, WarmUp
 from img2img_server.errors import OutOfMemory, ShuttingDown
 from img2img_server.models.cost_store import CostStore
-from img2img_server.models.memory import MemoryReading, Meter, in_words, least_slots, let_go, unopened
+from img2img_server.models.memory import MemoryReading, Meter, in_words, least_slots, let_go, opened_later, unopened
 from img2img_server.models.registry import Hung, ModelRegistry, Stage, kinds_of
 from img2img_server.support.device_lock import DEVICE_IN_USE
 from img2img_server.support.threads import in_thread
@@ -142,7 +142,8 @@ class ModelLoader:
             self._arrived[name] = _Arrival(manifest, pipeline, memory)
             bundle = self._models.get(name).bundle
             kinds = {} if bundle is None else await in_thread(lambda: kinds_of(bundle, manifest))
-            self._models.change(name, manifest=manifest, memory=memory, slots=least_slots(pipeline), **kinds)
+            sizes = {"memory": memory, "slots": least_slots(pipeline), "opened": opened_later(pipeline)}
+            self._models.change(name, manifest=manifest, **sizes, **kinds)
         except ShuttingDown:
             raise
         except Exception as error:  # noqa: BLE001 - any library's: only this model cannot be served

@@ -140,6 +140,11 @@ def unopened(pipeline: Pipeline) -> int:
     return int(getattr(pipeline, "unopened_bytes", 0))
 
 
+def opened_later(pipeline: Pipeline | None) -> int:
+    """The memory in bytes of the graphs that a pipeline opened when calls needed them, about; 0 if it opens none."""
+    return int(getattr(pipeline, "opened_bytes", 0))
+
+
 def bound_arenas() -> None:
     """Limits the C library to two arenas of memory, unless MALLOC_ARENA_MAX is set. Call it before threads start.
 

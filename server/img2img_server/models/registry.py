@@ -20,7 +20,17 @@ from img2img_server.bundle.manifest import Manifest, Source, read_manifest
 from img2img_server.config import PRELOAD_WORDS, ModelSettings
 from img2img_server.engine.request import Pipeline
 from img2img_server.errors import BundleError, InvalidField, ModelNotFound, OutOfMemory, PermissionDenied
-from img2img_server.models.memory import PLAIN, Estimates, Meter, ProcessMeter, in_words, least_slots, measured, session_bytes
+from img2img_server.models.memory import (
+    PLAIN,
+    Estimates,
+    Meter,
+    ProcessMeter,
+    in_words,
+    least_slots,
+    measured,
+    opened_later,
+    session_bytes,
+)
 from img2img_server.models.repository import BundleRepository, Load, bundle_id
 
 _log = logging.getLogger(__name__)
@@ -109,7 +119,8 @@ class Model:
 
     `bundle` is its folder. `engines` are its candidates and promoted engines. `loading` is set while it is loaded or exported.
     `memory` is its size in memory in bytes, now or when it was last loaded, 0 if unknown. `detail` says to callers what is being
-    done, or why it is not ready. `slots` is the memory of its least slots for LoRAs when it was last loaded. `estimates` is how
+    done, or why it is not ready. `slots` is the memory of its least slots for LoRAs when it was last loaded. `opened` is the
+    part of `memory` that graphs take which calls needed while it was measured. `estimates` is how
     the server estimates models' memory. `control_kind` says which ControlNets fit, or of a ControlNet which models;
     `prompt_kind` says which image adapters fit; `encoder_widths` are those of an image encoder.
     """
@@ -124,6 +135,7 @@ class Model:
     memory: int = 0
     detail: str = ""
     slots: int = 0
+    opened: int = 0
     estimates: Estimates = PLAIN
     control_kind: ControlKind = ()
     encoder_widths: EncoderWidths | None = None
@@ -150,8 +162,10 @@ class Model:
 
     @property
     def expected_memory(self) -> int:
-        """Its measured or estimated memory in bytes, with the slots for LoRAs that it will need; 0 if unknown."""
-        return (self.memory or self.estimated_memory) + max(self.slot_memory, self.slots)
+        """Its measured or estimated memory in bytes, with the slots for LoRAs that it will need and the graphs that it has opened
+        since; 0 if unknown."""
+        opened = max(0, opened_later(self.pipeline) - self.opened)
+        return (self.memory or self.estimated_memory) + max(self.slot_memory, self.slots) + opened
 
     @property
     def estimated_memory(self) -> int:
@@ -348,7 +362,7 @@ class ModelRegistry:
         if model.pipeline is not None and model.memory:
             grown = before.grown_to(meter.read(), model.pipeline.engine)
             more = measured(grown, weights, session_bytes(weights)) if weights else max(0, grown or 0)
-            self.change(name, memory=model.memory + more)
+            self.change(name, memory=model.memory + more, opened=opened_later(model.pipeline))
 
     def preload(self, settings: ModelSettings, meter: Meter | None = None) -> None:
         """Loads the models in `settings.preload` that fit into memory. A model that fails is listed with its problem. Raises
@@ -385,8 +399,8 @@ class ModelRegistry:
             return
         grown = before.grown_to(meter.read(), pipeline.engine)
         memory = model.estimates.measured(manifest, grown)
-        values = {"memory": memory, "slots": least_slots(pipeline), "problem": "", "detail": ""}
-        self.change(model.id, manifest=manifest, pipeline=pipeline, **values)
+        sizes = {"memory": memory, "slots": least_slots(pipeline), "opened": opened_later(pipeline)}
+        self.change(model.id, manifest=manifest, pipeline=pipeline, problem="", detail="", **sizes)
         seconds = time.monotonic() - begun
         _log.info("model '%s': loaded in %.1f s on %s, %s", model.id, seconds, pipeline.engine, in_words(memory))
 

@@ -47,7 +47,7 @@ from img2img_server.runtime.diffusion.state import (
 from img2img_server.runtime.image_prompts.prompts import ModelImagePrompts, NoImagePrompts
 from img2img_server.runtime.lora.adapters import TEXT_ENCODERS, Choice, ModelLoras, NoLoras, for_texts
 from img2img_server.runtime.lora.graph import adapting, least_slot_bytes, slot_bytes
-from img2img_server.runtime.onnx.modules import OnnxModule, close_graphs
+from img2img_server.runtime.onnx.modules import OnnxModule, close_graphs, opened_later
 from img2img_server.runtime.schedulers.cache import CachedScheduler, SchedulerCache
 from img2img_server.runtime.schedulers.linear import Trajectory, advance_batch, step_arguments
 from img2img_server.runtime.schedulers.noise_levels import Noising
@@ -125,11 +125,8 @@ class SteppedPipeline(ABC):
         self._image_prompts = image_prompts or NoImagePrompts("was loaded without a folder of image adapters")
         self.fields = {**self.fields, **self._loras.fields, **self._controls.fields, **self._image_prompts.fields}
         self._preview_weights = preview_weights
-        self.speedups = SpeedupChooser(
-            speedups or NONE,
-            type(pipe.scheduler).__name__,
-            bool(getattr(self._denoiser, "has_light", False)),
-        )
+        has_light = bool(getattr(self._denoiser, "has_light", False))
+        self.speedups = SpeedupChooser(speedups or NONE, type(pipe.scheduler).__name__, has_light)
         self._truncation = Truncation(pipe)
 
     @host_call
@@ -218,6 +215,11 @@ class SteppedPipeline(ABC):
         """The bytes of weights of the control graph, if there is one that is not open. Any thread may read it."""
         control = getattr(self._denoiser, "control", None)
         return 0 if control is None or control.opened is not None else control.bytes
+
+    @property
+    def opened_bytes(self) -> int:
+        """The memory of the graphs that calls needed and that were opened then, about."""
+        return opened_later(self._pipe)
 
     def open_control(self) -> None:
         """Opens the control graph, which is slow. Raises BundleError."""

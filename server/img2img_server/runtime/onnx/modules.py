@@ -24,7 +24,7 @@ from img2img_server.runtime.common.device_copy import send
 from img2img_server.runtime.common.diffusers_import import diffusers
 from img2img_server.runtime.common.pipe import parts
 from img2img_server.runtime.common.vae import LATENT_STATISTICS, BoundedVae, output_of
-from img2img_server.runtime.onnx.runners import Later, Runner, dtype_of, open_for
+from img2img_server.runtime.onnx.runners import Later, Runner, dtype_of, open_for, opened_bytes
 from img2img_server.runtime.onnx.token_graphs import GRAPHS, TokenGraph
 from img2img_server.support.device_lock import DEVICE_IN_USE
 
@@ -84,6 +84,11 @@ class Graph:
         """Opens what calls for images of this size, in pixels, need (runners.py). Does nothing if it was closed."""
         if (runner := self.__dict__.get("_runner")) is not None:
             open_for(runner, width, height)
+
+    @property
+    def opened_bytes(self) -> int:
+        """The memory of what its runner opened after it was made, about. Any thread may read it."""
+        return opened_bytes(self.__dict__.get("_runner"))
 
     def close(self) -> None:
         """Releases its runner, even if this graph is still referenced."""
@@ -321,6 +326,12 @@ def close_graphs(pipe: Any) -> None:
         for component in getattr(part, "components", {}).values():
             if isinstance(component, OnnxModule):
                 component.close()
+
+
+def opened_later(pipe: Any) -> int:
+    """The memory of the graphs that a diffusers pipeline's ONNX modules opened when calls needed them, about."""
+    modules = {id(one): one for part in parts(pipe) for one in getattr(part, "components", {}).values()}
+    return sum(graph.opened_bytes for one in modules.values() if isinstance(one, OnnxModule) for graph in one.graphs)
 
 
 def _state_names(outputs: Sequence[str], config: ComponentConfig) -> list[str]:

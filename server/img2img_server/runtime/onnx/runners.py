@@ -107,6 +107,11 @@ class SplitGraphRunner:
         """Opens what calls for images of this size need."""
         open_for(self._body, width, height)
 
+    @property
+    def opened_bytes(self) -> int:
+        """The memory of the graphs that the body opened later, about."""
+        return opened_bytes(self._body)
+
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Runs the two graphs in sequence."""
         waves = self._head.run({item.name: feed[item.name] for item in self._head.inputs})
@@ -136,3 +141,8 @@ def open_for(runner: Runner, width: int, height: int) -> None:
     opens = getattr(runner, "open_for", None)
     if opens is not None:
         opens(width, height)
+
+
+def opened_bytes(runner: Any) -> int:
+    """The memory of the graphs that a runner opened later, about; 0 for one that opens none."""
+    return int(getattr(runner, "opened_bytes", 0))

@@ -25,7 +25,7 @@ from img2img_server.runtime.common.truncation import Truncation
 from img2img_server.runtime.control.own import check_own_control, with_control
 from img2img_server.runtime.diffusion.masking import default_mask
 from img2img_server.runtime.diffusion.speedups import no_speedup
-from img2img_server.runtime.onnx.modules import close_graphs
+from img2img_server.runtime.onnx.modules import close_graphs, opened_later
 from img2img_server.runtime.opaque.batch import OpaqueState, SharedCall
 from img2img_server.runtime.opaque.batching_rules import rule_of, slot
 from img2img_server.support.model_fields import OWN_CONTROL, OWN_CONTROLNET
@@ -145,6 +145,11 @@ class OpaquePipeline:
     def release(self, state: OpaqueState) -> None:
         """Removes the request from its call. A call without requests is unwound."""
         state.call.leave()
+
+    @property
+    def opened_bytes(self) -> int:
+        """The memory of the graphs that calls needed and that were opened then, about."""
+        return opened_later(self._pipe)
 
     def close(self) -> None:
         """Releases its sessions, if it has any, even if this pipeline is still referenced."""

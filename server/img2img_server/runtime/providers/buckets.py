@@ -26,12 +26,19 @@ Size = tuple[int, int]
 
 
 class LaterRunner(Later[Runner]):
-    """A runner that `open_runner` opens when it is first needed, on any thread. Its inputs and outputs are known before."""
+    """A runner that `open_runner` opens when it is first needed, on any thread. Its inputs and outputs are known before. It takes
+    about `size` bytes of memory when it is open."""
 
-    def __init__(self, inputs: Sequence[Any], outputs: Sequence[Any], open_runner: Callable[[], Runner]) -> None:
+    def __init__(self, inputs: Sequence[Any], outputs: Sequence[Any], open_runner: Callable[[], Runner], size: int = 0) -> None:
         super().__init__(open_runner)
         self.inputs = inputs
         self.outputs = outputs
+        self._size = size
+
+    @property
+    def opened_bytes(self) -> int:
+        """The memory that it takes, about."""
+        return self._size if self.opened is not None else 0
 
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Runs the graph."""
@@ -40,15 +47,16 @@ class LaterRunner(Later[Runner]):
 
 class RowGraphs:
     """Graphs of one size for different numbers of rows, the first axis of all inputs and outputs. `base` has `rows` and is open;
-    `later` has functions that open others, by their rows, or raise BundleError.
+    `later` has functions that open others, by their rows, or raise BundleError; each takes about `size` bytes of memory.
 
     A call runs in parts: in the graph of most rows as often as it can, then in that of fewer rows; what is left is filled up with
     copies of its last row. A call that others would divide better opens them in the background, on a thread of their own, and
     runs in the open ones. In warm-up and other measurements it waits for them.
     """
 
-    def __init__(self, name: str, rows: int, base: Runner, later: Mapping[int, Callable[[], Runner]]) -> None:
+    def __init__(self, name: str, rows: int, base: Runner, later: Mapping[int, Callable[[], Runner]], size: int = 0) -> None:
         self._name = name
+        self._size = size
         self._base_rows = rows
         self._base = base
         self._open: dict[int, Runner] = {rows: base}
@@ -70,6 +78,11 @@ class RowGraphs:
         if start == count and len(results) == 1:
             return results[0]
         return [torch.cat(pieces)[:count] for pieces in zip(*results, strict=True)]
+
+    @property
+    def opened_bytes(self) -> int:
+        """The memory of the graphs that were opened later, about."""
+        return self._size * (len(self._open) - 1)
 
     def open_all(self) -> None:
         """Opens the other graphs."""
@@ -145,6 +158,11 @@ class BucketRunner:
             self._any_shape.get()
         elif is_measuring():
             graphs.open_all()
+
+    @property
+    def opened_bytes(self) -> int:
+        """The memory of the graphs that were opened later, about."""
+        return self._any_shape.opened_bytes + sum(graphs.opened_bytes for graphs in self._by_row.values())
 
     def run(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Runs the graph on CPU tensors."""

@@ -216,7 +216,7 @@ class Graphs:
                     for other in others
                 }
                 later.pop(rows, None)
-                graphs = RowGraphs(f"{self._bundle.name}: {name}", rows, runner, later)
+                graphs = RowGraphs(f"{self._bundle.name}: {name}", rows, runner, later, self._bytes(name))
                 by_row[of_one_row(shapes)] = by_size[first.bucket.width, first.bucket.height] = graphs
             else:
                 exact[shapes] = runner
@@ -226,7 +226,7 @@ class Graphs:
         _log.info("%s: %s runs on openvino in %s, %d threads%s", self._bundle.name, name, arithmetic, threads, sizes)
         if any_shape is not None:
             return any_shape
-        other_sizes = LaterRunner(inputs, outputs, partial(self._any_shape_or_cpu, name, graph))
+        other_sizes = LaterRunner(inputs, outputs, partial(self._any_shape_or_cpu, name, graph), self._bytes(name))
         return BucketRunner(other_sizes, by_row, exact, by_size)
 
     def _shapes(self, name: str, inputs: Sequence[Port], bucket: Bucket) -> Shapes:
@@ -284,13 +284,16 @@ class Graphs:
             return []
         return [[_Wanted(native), _Wanted(replace(native, rows=1)), _Wanted(replace(native, rows=_WIDE_ROWS), _WIDE_PART)]]
 
+    def _bytes(self, name: str) -> int:
+        """The memory of a compiled graph of a component, about; 0 if the manifest does not have it."""
+        component = next((item for item in self._manifest.components if item.name == name), None)
+        return 0 if component is None else int(_GROWTH.get(component.precision, 4.0) * component.bytes)
+
     def _has_room(self, name: str, wanted: _Wanted) -> bool:
         """Whether there is enough memory for a graph of fixed shapes. Always true for buckets that the operator set."""
-        component = next((item for item in self._manifest.components if item.name == name), None)
-        if component is None or (self._asked is not None and wanted.bucket in self._asked):
+        bucket, part, needed = wanted.bucket, wanted.part, self._bytes(name)
+        if needed == 0 or (self._asked is not None and bucket in self._asked):
             return True
-        bucket, part = wanted.bucket, wanted.part
-        needed = _GROWTH.get(component.precision, 4.0) * component.bytes
         left = cpu.available_memory()
         if needed > left / part:
             _log.log(
