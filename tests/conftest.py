@@ -47,7 +47,7 @@ WITHOUT_FURTHER_GRAPHS = (
 )
 """Bundles without graphs for LoRAs and ControlNets, which take half of an export; "lcm:fp32:further" has them. If
 $TESTS_FURTHER_GRAPHS is set (scripts/test_versions), only the bundles that it names have such graphs."""
-OF_TWO_SIZES = ("kandinsky3", "longcat-edit", "qwenimage2")
+OF_TWO_SIZES = ("kandinsky3", "qwenimage2")
 """Bundles for which these two images differ in size: the exporter does not know the classes of their denoisers, and makes those
 axes of a graph variable that differ between images."""
 

@@ -1,6 +1,7 @@
 """Graphs of tokens: every input has an effect, padding has none, and half precision is half everywhere."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import onnx
 import pytest
 import torch
 from covering import nightly_but
-from diffusers import DiffusionPipeline
 from img2img_export.convert.emulation import value_types
 from img2img_export.convert.external_weights import GRAPH_NAME, ExternalWeightsGraph
 from img2img_export.convert.token_graphs import Layout, TokenKind, token_part
@@ -20,10 +20,10 @@ from img2img_export.verify import token_cases
 from img2img_export.verify.parity import open_graph
 from img2img_server.runtime.onnx import token_graphs
 
-MODELS = ["sd3", "flux-dev", "chroma", "kontext", "klein", "flux2", "qwenimage", "qwenimage-clean", "zimage"]
+MODELS = ["sd3", "flux-dev", "chroma", "kontext", "klein", "flux2", "longcat-edit", "qwenimage", "qwenimage-clean", "zimage"]
 """Tiny models; "qwenimage-clean" has `zero_cond_t`, as Qwen-Image-Edit-2511 has it."""
 
-_EVERY_RUN = ("sd3", "flux-dev", "chroma", "klein", "qwenimage-clean", "zimage")
+_EVERY_RUN = ("sd3", "flux-dev", "chroma", "longcat-edit", "klein", "qwenimage-clean", "zimage")
 
 
 class Made:
@@ -52,11 +52,12 @@ class Made:
 def transformer(name: str, directory: Path) -> Any:
     import diffusers
 
-    pipe = DiffusionPipeline.from_pretrained(directory)
+    kind = getattr(diffusers, json.loads((directory / "transformer" / "config.json").read_text())["_class_name"])
+    module = kind.from_pretrained(directory, subfolder="transformer").eval()
     if not name.endswith("-clean"):
-        return pipe.transformer.eval()
+        return module
     torch.manual_seed(0)
-    return diffusers.QwenImageTransformer2DModel.from_config({**pipe.transformer.config, "zero_cond_t": True}).eval()
+    return kind.from_config({**module.config, "zero_cond_t": True}).eval()
 
 
 @pytest.fixture(scope="module")

@@ -215,7 +215,7 @@ def test_a_plan_opens_graphs_for_the_result_and_all_images_that_the_model_sees(l
 @pytest.mark.parametrize("name", nightly_but(("qwenimage-edit", "qwenimage-edit-plus", "qwenimage2", "longcat-edit")))
 def test_a_text_with_the_token_of_an_image_is_refused_by_its_field(name: str, load: Load) -> None:
     pipeline, theirs = load(name)
-    settings: dict[str, Any] = {"true_cfg_scale": 2.0, "negative_prompt": "fog"}
+    settings: dict[str, Any] = {"true_cfg_scale": 2.0, "guidance_scale": 2.0, "negative_prompt": "fog"}
     for token in ("<|image_pad|>", "<|video_pad|>"):
         for field in ("prompt", "negative_prompt"):
             request = asked(pipeline, SizeRule(), [source(64, 64)], **{**settings, field: f"a {token} lake"})

@@ -8,8 +8,10 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
+from diffusers.models.transformers.transformer_longcat_image import LongCatImagePosEmbed
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from diffusers.models.transformers.transformer_z_image import RopeEmbedder
+from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import prepare_pos_ids
 from img2img_server.runtime.common.rotary import (
     FLUX,
     FLUX_2,
@@ -18,6 +20,7 @@ from img2img_server.runtime.common.rotary import (
     Z,
     flux_2_positions,
     flux_positions,
+    longcat_positions,
     qwen_positions,
     z_positions,
 )
@@ -28,6 +31,14 @@ SIZES = [(64, 48), (32, 33), (39, 45)]
 
 def of_flux(positions: np.ndarray) -> torch.Tensor:
     return as_complex(FluxPosEmbed(10000, [16, 56, 56])(torch.from_numpy(positions)))
+
+
+def of_longcat(positions: np.ndarray) -> torch.Tensor:
+    """Of a text, a result and a source as its pipeline places them, whatever `positions` are."""
+    (height, width), start = SIZES[0], (512, 512)
+    text = prepare_pos_ids(0, "text", num_token=512)
+    images = [prepare_pos_ids(kind, "image", start, height=height, width=width) for kind in (1, 2)]
+    return as_complex(LongCatImagePosEmbed(10000, [16, 56, 56])(torch.cat([text, *images])))
 
 
 def of_flux_2(positions: np.ndarray) -> torch.Tensor:
@@ -54,6 +65,7 @@ def as_complex(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     [
         pytest.param(FLUX, flux_positions(512, SIZES), (16, 56, 56), of_flux, id="flux"),
         pytest.param(FLUX_2, flux_2_positions(512, SIZES), (32, 32, 32, 32), of_flux_2, id="flux 2"),
+        pytest.param(FLUX, longcat_positions(512, SIZES[:1] * 2), (16, 56, 56), of_longcat, id="longcat"),
         pytest.param(QWEN, qwen_positions(700, SIZES), (16, 56, 56), of_qwen, id="qwen"),
         pytest.param(Z, z_positions(500, SIZES[0]), (32, 48, 48), of_z_image, id="z"),
     ],

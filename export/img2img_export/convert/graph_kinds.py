@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers.models.transformers import transformer_chroma, transformer_flux, transformer_flux2, transformer_longcat_image
+from diffusers.models.transformers import transformer_chroma, transformer_flux, transformer_flux2
 from img2img_server.bundle.image_encoders import EMBEDS, PIXELS, STATES
 from optimum.exporters.base import ExporterConfig
 from optimum.utils import NormalizedConfig
@@ -119,15 +119,12 @@ class GraphKind(ExporterConfig):  # type: ignore[misc]
     PATCHES: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (torch, "rms_norm", _normalize),
         (torch.nn.functional, "scaled_dot_product_attention", _attend),
-        *((module, "apply_rotary_emb", _rotate) for module in (transformer_flux, transformer_flux2, transformer_longcat_image)),
+        *((module, "apply_rotary_emb", _rotate) for module in (transformer_flux, transformer_flux2)),
         (transformer_chroma.ChromaCombinedTimestepTextProjEmbeddings, "forward", _embed_time),
         (masking_utils, "padding_mask_function", _padding),
     )
     """Functions that cannot be traced: their module, their name, and a traceable replacement."""
-    ROUNDING: tuple[tuple[Any, str], ...] = (
-        (transformer_chroma.ChromaTransformer2DModel, "time_text_embed"),
-        (transformer_longcat_image.LongCatImageTransformer2DModel, "time_embed"),
-    )
+    ROUNDING: tuple[tuple[Any, str], ...] = ((transformer_chroma.ChromaTransformer2DModel, "time_text_embed"),)
     """Transformers that round timesteps to the type of their weights, and the names of their parts that embed them."""
 
     def __init__(self, config: Any) -> None:

@@ -49,10 +49,13 @@ GRAPHS = {
     "QwenImageEditPipeline": ("qwen-image-edit", ("text_encoder", "transformer", "vae")),
     "QwenImageEditPlusPipeline": ("qwen-image-edit-plus", ("text_encoder", "transformer", "vae")),
     "ZImageImg2ImgPipeline": ("z-image", ("text_encoder", "transformer", "vae")),
+    "LongCatImageEditPipeline": ("longcat-image-edit", ()),
 }
-"""Pipeline classes that become graphs entirely: the server's family name, and the components."""
+"""Pipeline classes with a family in the server, or that become graphs entirely: the family's name, and the components; none if
+only the denoiser becomes a graph."""
 
 _STEPPED_AS_GRAPH = (
+    "LongCatImageEditPipeline",
     "ChromaImg2ImgPipeline",
     "FluxKontextPipeline",
     "Flux2KleinPipeline",
@@ -162,7 +165,8 @@ def plans_for(layout: Layout, backend: Backend) -> Iterator[Plan]:
     if (why := _why_no_graph(name)) is not None:
         denoiser, reason = (), why
     if backend == "onnx" and not present:
-        raise ExportError(f"{reason}: --backend onnx supports {', '.join(GRAPHS)}")
+        supported = (known for known, (_, parts) in GRAPHS.items() if parts)
+        raise ExportError(f"{reason}: --backend onnx supports {', '.join(supported)}")
     if backend == "hybrid" and not denoiser:
         parts = ", ".join(DENOISERS)
         raise ExportError(

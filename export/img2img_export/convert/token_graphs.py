@@ -135,6 +135,15 @@ class ChromaKind(FluxKind):
         return found
 
 
+class LongCatKind(FluxKind):
+    """LongCat-Image-Edit."""
+
+    _positions = staticmethod(rotary.longcat_positions)
+
+    def _more(self) -> dict[str, str]:
+        return {"text_mask": "text"}
+
+
 class Flux2Kind(FluxKind):
     """FLUX.2 and klein."""
 
@@ -285,6 +294,7 @@ KINDS: dict[str, type[TokenKind]] = {
     "FluxTransformer2DModel": FluxKind,
     "ChromaTransformer2DModel": ChromaKind,
     "Flux2Transformer2DModel": Flux2Kind,
+    "LongCatImageTransformer2DModel": LongCatKind,
     "QwenImageTransformer2DModel": QwenKind,
     "ZImageTransformer2DModel": ZKind,
 }
@@ -302,13 +312,14 @@ def flux_arguments(model: Any, inputs: Tensors) -> Iterator[dict[str, Any]]:
     """The arguments of a call of Flux's transformer, or of a ControlNet of it, for inputs of its graph, of which other names are
     ignored. Within it, the module reads the inputs' rotary tables and exact timesteps: diffusers rounds timestep and guidance to
     the weights' type before it takes their sines, which are then of angles up to 2 radians off."""
-    where, embed, guidance = _where(inputs), model.time_text_embed.forward, inputs.get("guidance")
+    embedding = model.time_embed if hasattr(model, "time_embed") else model.time_text_embed
+    where, embed, guidance = _where(inputs), embedding.forward, inputs.get("guidance")
     if getattr(model, "union", False):  # its kind of image is a token before the text
         where = _Where(*(torch.cat([table[:, :1], table], 1) for table in (where.cos, where.sin)))
     exact = [inputs["timestep"] * 1000, *([] if guidance is None else [guidance * 1000])]
     with (
         patch.object(model.pos_embed, "forward", lambda _: where),
-        patch.object(model.time_text_embed, "forward", lambda *rounded: embed(*exact, *rounded[len(exact) :])),
+        patch.object(embedding, "forward", lambda *rounded: embed(*exact, *rounded[len(exact) :])),
         _processors(model.transformer_blocks, _Joint()),
         _processors(model.single_transformer_blocks, _Single()),
     ):

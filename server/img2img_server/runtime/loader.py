@@ -32,6 +32,7 @@ from img2img_server.runtime.diffusion.flux_2 import Flux2, Flux2Klein, FluxKonte
 from img2img_server.runtime.diffusion.inpainting import FluxFill, StableDiffusionInpainting, StableDiffusionXLInpainting
 from img2img_server.runtime.diffusion.latent_consistency import LatentConsistency
 from img2img_server.runtime.diffusion.light import LIGHT
+from img2img_server.runtime.diffusion.longcat import LongCatImageEdit
 from img2img_server.runtime.diffusion.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
 from img2img_server.runtime.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from img2img_server.runtime.diffusion.stable_diffusion_3 import StableDiffusion3, StableDiffusion3Tokens
@@ -74,6 +75,7 @@ FAMILIES: dict[str, type[SteppedPipeline]] = {
     "qwen-image-edit": QwenImageEdit,
     "qwen-image-edit-plus": QwenImageEditPlus,
     "z-image": ZImage,
+    "longcat-image-edit": LongCatImageEdit,
 }
 """The families that the engine batches step by step. All others are opaque pipelines."""
 

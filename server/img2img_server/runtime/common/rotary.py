@@ -69,6 +69,15 @@ def qwen_positions(text: int, sizes: Sequence[Size]) -> tuple[Positions, Positio
     return np.repeat(np.arange(start, start + text)[:, None], 3, axis=1), np.concatenate(images)
 
 
+def longcat_positions(text: int, sizes: Sequence[Size]) -> tuple[Positions, Positions]:
+    """As `flux_positions`. Both axes of all images begin where the text ends."""
+    images = [
+        _grid([min(number, 1) + 1], range(text, text + height), range(text, text + width))
+        for number, (height, width) in enumerate(sizes)
+    ]
+    return np.outer(np.arange(text), [0, 1, 1]), np.concatenate(images)
+
+
 def z_positions(text: int, size: Size) -> tuple[Positions, Positions]:
     """The positions of a text and an image, each filled up to a multiple of Z_MULTIPLE."""
     full = text + -text % Z_MULTIPLE

@@ -41,6 +41,11 @@ class AnyFlux(TokenPipeline):
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         return decode_shifted(self._pipe.vae, latents)
 
+    def _reference(self, pipe: Any) -> torch.Tensor:
+        latents = pipe._encode_vae_image(image=torch.empty(1, 3, 1, 1), generator=None)
+        tokens: torch.Tensor = pipe._pack_latents(latents, *latents.shape)
+        return tokens
+
 
 class Flux(AnyFlux):
     """One row for each image: guidance is an input of the transformer, or (schnell) there is none.

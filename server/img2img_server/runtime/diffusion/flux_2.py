@@ -116,8 +116,3 @@ class FluxKontext(TrulyGuidedPipeline, AnyFlux):
 
     def _sees_source(self, request: Request) -> bool:
         return not request.references
-
-    def _reference(self, pipe: Any) -> torch.Tensor:
-        latents = pipe._encode_vae_image(image=torch.empty(1, 3, 1, 1), generator=None)
-        tokens: torch.Tensor = pipe._pack_latents(latents, *latents.shape)
-        return tokens

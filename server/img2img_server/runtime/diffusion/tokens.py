@@ -1,5 +1,5 @@
 """Families whose transformer is a graph of tokens (`onnx/token_graphs.py`): Stable Diffusion 3, Flux, Chroma, FLUX.2,
-Qwen-Image and Z-Image.
+LongCat-Image-Edit, Qwen-Image and Z-Image.
 
 Latents are kept as tokens, [n, C, N, 1], so that requests of different shapes share calls if their images have equally many
 tokens, and their references too. Rotary tables, or indices of a table, say where each token lies.

@@ -114,6 +114,20 @@ class ChromaTokens(FluxTokens):
         return super().inputs(call) | {"prompt_mask": mask[:, : text.shape[1]]}
 
 
+class LongCatTokens(FluxTokens):
+    """LongCat-Image-Edit."""
+
+    _positions = staticmethod(rotary.longcat_positions)
+
+    def conditions(self, text: torch.Tensor, sizes: Sequence[Size]) -> Tensors:
+        """The base's inputs, and `text_mask` [1, T]."""
+        return _masked(super().conditions(text, sizes))
+
+    def inputs(self, call: Mapping[str, Any]) -> Tensors:
+        """The base's inputs, and `text_mask`."""
+        return super().inputs(call) | {"text_mask": torch.ones(call["encoder_hidden_states"].shape[:2], dtype=torch.bool)}
+
+
 class QwenTokens(TokenGraph):
     """Qwen-Image and its edit models."""
 
@@ -121,13 +135,8 @@ class QwenTokens(TokenGraph):
     _positions = staticmethod(rotary.qwen_positions)
 
     def conditions(self, text: torch.Tensor, sizes: Sequence[Size]) -> Tensors:
-        """Also `text_mask` [1, T], and for models with `zero_cond_t` `is_reference` [1, N] (1 at references' tokens).
-
-        The text is padded to a number of tokens that all of CUDA's attention kernels take with a bias.
-        """
-        found = super().conditions(text, sizes) | {"text_mask": torch.ones(1, len(text), dtype=torch.bool)}
-        length = len(text) + -(len(text) + found[MARK].shape[1]) % _BIASED_MULTIPLE
-        found |= {name: _padded(found[name], length) for name in ("encoder_hidden_states", "text_rotary", "text_mask")}
+        """Also `text_mask` [1, T], and for models with `zero_cond_t` `is_reference` [1, N] (1 at references' tokens)."""
+        found = _masked(super().conditions(text, sizes))
         if self._config.get("zero_cond_t"):
             image = sizes[0][0] * sizes[0][1]
             found["is_reference"] = (torch.arange(found[MARK].shape[1]) >= image).long()[None]
@@ -216,6 +225,7 @@ GRAPHS: dict[str, type[TokenGraph]] = {
     "FluxControlNetModel": FluxTokens,
     "ChromaTransformer2DModel": ChromaTokens,
     "Flux2Transformer2DModel": Flux2Tokens,
+    "LongCatImageTransformer2DModel": LongCatTokens,
     "QwenImageTransformer2DModel": QwenTokens,
     "ZImageTransformer2DModel": ZTokens,
 }
@@ -232,6 +242,15 @@ def join(rows: Sequence[Tensors]) -> Tensors:
             parts = [_padded(part, longest) for part in parts]
         joined[name] = torch.cat(parts)
     return joined
+
+
+def _masked(found: Tensors) -> Tensors:
+    """The conditions of a row with a `text_mask`, and its text padded to a number of tokens that all of CUDA's attention kernels
+    take with a bias."""
+    count = found["text_rotary"].shape[1]
+    length = count + -(count + found[MARK].shape[1]) % _BIASED_MULTIPLE
+    found = found | {"text_mask": torch.ones(1, count, dtype=torch.bool)}
+    return found | {name: _padded(found[name], length) for name in ("encoder_hidden_states", "text_rotary", "text_mask")}
 
 
 def _padded(part: torch.Tensor, length: int) -> torch.Tensor:
