@@ -24,6 +24,11 @@ def request(**fields: Any) -> pb.TransformRequest:
     return pb.TransformRequest(**{"image": pb.ImageSource(data=png()), "seed": 5, **fields})
 
 
+def content(response: pb.TransformResponse) -> list[tuple[int, bytes]]:
+    """The seed and the pixels of each image: a PNG file of the same pixels may have other bytes."""
+    return [(image.seed, Image.open(io.BytesIO(image.data)).tobytes()) for image in response.images]
+
+
 def failure(call: Callable[[], object]) -> tuple[grpc.StatusCode, dict[str, object]]:
     """The status code of a call that must fail, and its details by name: message, reason, field, description, retry."""
     with pytest.raises(grpc.RpcError) as caught:

@@ -26,7 +26,7 @@ from img2img.v1 import model_pb2
 from img2img.v1.image_to_image_pb2_grpc import ImageToImageServiceStub
 from img2img.v1.model_pb2_grpc import ModelServiceStub
 from img2img_client import Client
-from messages import failure, request
+from messages import content, failure, request
 from PIL import Image
 from ray_cluster import FrontProcess, front
 from running import running, store
@@ -134,10 +134,6 @@ def follow(stub: ImageToImageServiceStub, message: pb.TransformRequest) -> pb.Tr
     steps = [event.progress.step for event in events if event.HasField("progress")]
     assert steps == list(range(1, events[-2].progress.step_count + 1))
     return events[-1].completed
-
-
-def content(response: pb.TransformResponse) -> list[tuple[int, bytes]]:
-    return [(image.seed, Image.open(io.BytesIO(image.data)).tobytes()) for image in response.images]
 
 
 def _image_bytes(width: int = 64, height: int = 64) -> bytes:

@@ -31,7 +31,7 @@ from img2img_server.backends.ray.messages import (
 from img2img_server.backends.ray.replica import Replica
 from img2img_server.config import ServerConfig
 from img2img_server.engine.request import Completed, Ending, Event, Failed
-from messages import failure, png, request
+from messages import content, failure, png, request
 from running import RunningServer, running, running_backend, store
 from simulated_device import SimulatedDevice
 
@@ -110,10 +110,6 @@ def front(here: Here, **settings: object) -> Iterator[tuple[RunningServer, grpc.
 def health_of(channel: grpc.Channel, name: str = "") -> Any:
     stub: Any = health_pb2_grpc.HealthStub(channel)  # its stubs for mypy know no methods
     return stub.Watch(health_pb2.HealthCheckRequest(service=name))
-
-
-def content(response: pb.TransformResponse) -> list[tuple[int, bytes]]:
-    return [(image.seed, image.data) for image in response.images]
 
 
 def test_responses_match_an_in_process_engine() -> None:
