@@ -192,6 +192,12 @@ def test_a_configuration_larger_than_the_weights_is_refused(component: str, chan
     assert not (model.parent / "out").exists()
 
 
+def test_a_value_that_a_library_refuses_names_the_field(model: Path) -> None:
+    edit(model / "text_encoder" / "config.json", hidden_act=0)
+    with pytest.raises(ExportError, match=r"^text_encoder does not load: .*'hidden_act'"):
+        export_model(ExportOptions(source=str(model), output=model.parent / "out", backend="torch"))
+
+
 def test_bundle_rules_for_numbers_and_tokenizers_apply_to_sources(model: Path) -> None:
     """tests/server/test_hostile_models.py has the rules."""
     edit(model / "scheduler" / "scheduler_config.json", num_train_timesteps=2 * 10**9)

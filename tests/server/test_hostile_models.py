@@ -279,13 +279,28 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_configuration_larger_than_the_weights_does_not_load(
     component: str, changes: dict[str, Any], backend: Any, tmp_path: Path, tiny_model: Callable[[str], Path]
 ) -> None:
-    bundle = Path(shutil.copytree(tiny_model("sd1"), tmp_path / "bundle"))
+    with pytest.raises(BundleError, match=r"does not load: its config.json describes more (weights|parts) than") as caught:
+        _load(tiny_model("sd1"), tmp_path / "bundle", component, changes, backend)
+    assert str(tmp_path / "bundle") in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["torch", "hybrid"])
+@pytest.mark.parametrize(("component", "field", "value"), [("text_encoder", "hidden_act", 0), ("unet", "norm_num_groups", 0)])
+def test_a_value_that_a_library_refuses_is_an_error_of_the_bundle(
+    component: str, field: str, value: Any, backend: Any, tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    """transformers refuses other types with errors of its own, and PyTorch divides by zero."""
+    with pytest.raises(BundleError, match="does not load: "):
+        _load(tiny_model("sd1"), tmp_path / "bundle", component, {field: value}, backend)
+
+
+def _load(model: Path, bundle: Path, component: str, changes: dict[str, Any], backend: Any) -> None:
+    """Loads a copy of a model as a bundle without graphs, with these changes of a component's configuration."""
+    shutil.copytree(model, bundle)
     path = bundle / component / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     manifest = Manifest(
         source=Source(repo_id="tiny"), pipeline_class="StableDiffusionImg2ImgPipeline", family="stable-diffusion",
         backend=backend, components=(), files={}, tools={}, verification=Verification(passed=True),
     )  # fmt: skip
-    with pytest.raises(BundleError, match=r"does not load: its config.json describes more (weights|parts) than") as caught:
-        loader.load_pipeline(bundle, manifest, Execution(provider="cpu", arithmetic="fp32", threads=1))
-    assert str(bundle) in str(caught.value)
+    loader.load_pipeline(bundle, manifest, Execution(provider="cpu", arithmetic="fp32", threads=1))

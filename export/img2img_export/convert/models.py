@@ -14,6 +14,7 @@ from diffusers import AutoPipelineForImage2Image
 from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
 from img2img_server.runtime.common.processors import processors
 from img2img_server.runtime.common.weight_budget import within
+from img2img_server.runtime.onnx.components import LOAD_ERRORS
 from safetensors import safe_open
 
 from img2img_export.convert.graphs import quiet
@@ -116,7 +117,6 @@ _BINNED = frozenset({"SanaSprintImg2ImgPipeline"})
 """Classes that make images at fixed sizes by aspect, so that the square images of an export show one size only."""
 
 _PRIOR_HINT = "its prior is missing: load the combined pipeline, save it with save_pretrained() and export that directory: "
-_LOAD_FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 _SHOWN = 4
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -272,7 +272,7 @@ class Loader:
                     **parts,
                     **weighted,
                 )
-        except _LOAD_FAILURES as error:
+        except LOAD_ERRORS as error:
             hint = _PRIOR_HINT if "'prior_prior'" in str(error) else ""
             raise ExportError(f"diffusers cannot load the model: {hint}{type(error).__name__}: {first_line(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
@@ -295,7 +295,7 @@ class Loader:
                     variant=self.variant if has_variant else None,
                     output_loading_info=True,
                 )
-        except _LOAD_FAILURES as error:
+        except LOAD_ERRORS as error:
             raise ExportError(f"{name} does not load: {type(error).__name__}: {first_line(error)}") from error
         if missing := sorted(found["missing_keys"]):
             shown = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
@@ -321,7 +321,7 @@ class Loader:
         """
         try:
             return processors(self.directory, {name: self._class_of(name) for name in self.layout.components})
-        except _LOAD_FAILURES as error:
+        except LOAD_ERRORS as error:
             raise ExportError(f"a processor does not load: {first_line(error)}") from error
 
     def _has_weights(self, name: str) -> bool:

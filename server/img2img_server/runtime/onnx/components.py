@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from img2img_server.bundle.files import DAMAGED, read_json
@@ -33,7 +34,7 @@ _GRAPH = "model.onnx"
 _LIBRARIES = ("diffusers", "transformers")
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 """The types of weights in half precision."""
-LOAD_ERRORS = (*DAMAGED, RuntimeError, ImportError, AssertionError)
+LOAD_ERRORS = (*DAMAGED, RuntimeError, ImportError, AssertionError, StrictDataclassError)
 """Errors that diffusers and transformers raise for invalid files."""
 
 
