@@ -22,7 +22,10 @@ pytestmark = pytest.mark.usefixtures("gpu")
 
 
 @pytest.mark.parametrize(
-    "name", nightly_but(["flux", "flux-dev", "sd3", "sd3-no-t5", "kontext", "flux2", "klein", "zimage"], "flux", "sd3", "klein")
+    "name",
+    nightly_but(
+        ["flux", "flux-dev", "sd3", "sd3-no-t5", "kontext", "flux2", "klein", "zimage", "chroma"], "flux", "sd3", "klein"
+    ),
 )
 def test_a_transformer_opens_and_runs(
     name: str, bundle: Callable[[str], Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -65,9 +68,21 @@ def test_a_text_encoder_that_sees_images_runs(bundle: Callable[[str], Path]) -> 
 @pytest.mark.parametrize(
     "name",
     nightly_but(
-        ["sd3", "flux-dev", "klein", "klein:bf16", "flux2:fp16", "qwenimage:bf16", "qwenimage", "zimage:fp16"],
+        [
+            "sd3",
+            "flux-dev",
+            "klein",
+            "klein:bf16",
+            "flux2:fp16",
+            "qwenimage:bf16",
+            "qwenimage",
+            "zimage:fp16",
+            "flux-dev:bf16",
+            "chroma:bf16",
+        ],
         "flux-dev",
         "klein:bf16",
+        "chroma:bf16",
         "qwenimage",
     ),
 )
@@ -92,6 +107,8 @@ def test_attention_of_transformer_graphs_is_fused(
     width, pooled = config.get("joint_attention_dim") or config["cap_feat_dim"], config.get("pooled_projection_dim")
     # A text encoder in PyTorch would read numbers back that no kernel has computed.
     vector = torch.zeros(1, pooled, device="cuda") if pooled else None
+    if pipeline.pooled_name == "prompt_mask":
+        vector = torch.ones(1, 40, device="cuda")
     texts = {"a": Embedding(torch.zeros(1, 40, width, device="cuda"), vector)}
     monkeypatch.setattr(pipeline, "_embed", lambda requests, *_: [texts for _ in requests])
     requests = [make_request(prompt="a", image=Image.new("RGB", size), num_inference_steps=2, strength=1.0, guidance_scale=0.0)

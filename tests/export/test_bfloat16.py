@@ -122,6 +122,28 @@ def test_weights_stay_bf16_in_their_file(traced: Callable[[str], Traced]) -> Non
     assert {node.op_type for node in readers} == {"Cast"}
 
 
+def test_values_beyond_the_range_of_fp16_are_kept(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers clips T5's values and computes parts in fp32 in fp16, and not in bf16."""
+    from transformers import T5EncoderModel
+
+    module = T5EncoderModel.from_pretrained(tiny_model("flux-dev") / "text_encoder_2").eval()
+    ids = torch.randint(0, module.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    part = text_part("text_encoder_2", module, hidden_states=False)
+    with torch.no_grad():
+        module.shared.weight.mul_(4e5 / module.shared.weight.abs().max())
+        expected = part.call(module, {"input_ids": ids})
+    bfloat16.to_bfloat16(trace(module, part, {"input_ids": ids}, torch.float16, for_bf16=True)).write(
+        tmp_path, Progress(), "text_encoder_2"
+    )
+
+    path = tmp_path / "model.onnx"
+    assert not {"Clip", "IsInf"} & {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+    for found, reference in zip(
+        emulation.open_emulated(path).run(list(expected), {"input_ids": ids.numpy()}), expected.values(), strict=True
+    ):
+        assert relative_error(found, reference) < 0.02
+
+
 def test_numbers_are_converted_by_value() -> None:
     numbers = np.array([-65504, 0.1, 1e-5, np.inf], dtype=np.float16)
     constant = helper.make_node("Constant", [], ["c"], value=onnx.numpy_helper.from_array(numbers))

@@ -8,9 +8,13 @@ Conv supports bf16 from opset 22 on (as do InstanceNormalization, Sin and Cos), 
 used here mean the same as in opset 18. Operators without a bf16 kernel in the CUDA provider compute in fp32 between casts.
 GroupNorm, which torch exports as InstanceNormalization, would be slow that way, and the CUDA provider's kernel for it stops at
 opset 21: it becomes a LayerNormalization, whose sums are fp32.
+
+As in transformers and diffusers, bf16 differs from fp16 in two ways. Values are not clipped to the range of fp16 (T5, Flux): T5's
+are greater. And T5's `wo` is not in fp32 (tracing.py): ONNX Runtime would fuse norms of values in fp32 with weights in bf16, for
+which the CUDA provider has no kernel. It fuses norms of bf16 values only after a single cast, so equal casts are one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +38,8 @@ OPSET = 22
 _IR_VERSION = 10
 """The oldest IR version with opset 22."""
 
+_BOUND_OF_FP16 = torch.finfo(torch.float16).max - 1000
+"""The smaller bound of T5, for values that contain an infinity."""
 _COMPUTING = {
     *("Add", "Conv", "Div", "Erf", "Exp", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "Neg", "Pow", "Relu", "Sigmoid"),
     *("Softmax", "Sqrt", "Sub", "Tanh", OPERATOR),
@@ -55,16 +61,51 @@ def to_bfloat16(external: ExternalWeightsGraph) -> ExternalWeightsGraph:
     for tensor in graph.initializer:
         retype_tensor(tensor, TensorProto.FLOAT16, TensorProto.BFLOAT16)
     known = constants(result.model)
-    nodes = [new for node in graph.node for new in _group_norm(node, graph.node, known)]
+    makers = {name: node for node in graph.node for name in node.output}
+    unclipped = [_without_clip(node, makers, known) for node in graph.node]
+    nodes = [new for node in unclipped for new in _group_norm(node, graph.node, known)]
     for node in nodes:
         retype_node(node, TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    replace_nodes(graph, [new for node in nodes for new in _island(node, half)])
+    nodes = [new for node in nodes for new in _island(node, half)]
+    replace_nodes(graph, _with_single_casts(nodes, {output.name for output in graph.output}))
     result.drop_unused()
     for entry in result.model.opset_import:
         if not entry.domain:
             entry.version = OPSET
     result.model.ir_version = _IR_VERSION
     return result
+
+
+def _without_clip(node: NodeProto, makers: dict[str, NodeProto], known: dict[str, np.ndarray]) -> NodeProto:
+    """An Identity in place of a Clip to the range of fp16."""
+
+    def is_bound(name: str) -> bool:
+        if name in known:
+            return bool((np.abs(known[name].astype(np.float32)) >= _BOUND_OF_FP16).all())
+        kind = makers[name].op_type if name in makers else None
+        values = {"Cast": slice(1), "Neg": slice(1), "Where": slice(1, 3)}.get(kind or "")
+        return not name or (values is not None and all(is_bound(value) for value in makers[name].input[values]))
+
+    if node.op_type != "Clip" or not all(is_bound(name) for name in node.input[1:]):
+        return node
+    return helper.make_node("Identity", node.input[:1], node.output, node.name)
+
+
+def _with_single_casts(nodes: Sequence[NodeProto], outputs: Container[str]) -> list[NodeProto]:
+    """The nodes without a Cast that repeats another one, unless its result is an output of the graph."""
+    first: dict[tuple[str, int], str] = {}
+    same: dict[str, str] = {}
+    kept = []
+    for node in nodes:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        if node.op_type == "Cast" and node.output[0] not in outputs:
+            kind = next(attribute.i for attribute in node.attribute if attribute.name == "to")
+            result = first.setdefault((node.input[0], kind), node.output[0])
+            if result != node.output[0]:
+                same[node.output[0]] = result
+                continue
+        kept.append(node)
+    return kept
 
 
 def _group_norm(node: NodeProto, nodes: Sequence[NodeProto], known: dict[str, np.ndarray]) -> list[NodeProto]:

@@ -8,7 +8,6 @@ memory of an export is the module.
 import contextlib
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,13 +131,17 @@ class ExternalWeightsGraph:
         self.drop_unused()
 
     def drop_unused(self) -> None:
-        """Drops weights and constants that no node reads."""
-        used = Counter(name for node in self.model.graph.node for name in node.input)
-        used.update(output.name for output in self.model.graph.output)
-        self.weights = {name: weight for name, weight in self.weights.items() if used[name]}
-        kept = [node for node in self.model.graph.node if node.op_type != "Constant" or used[node.output[0]]]
-        del self.model.graph.node[:]
-        self.model.graph.node.extend(kept)
+        """Drops nodes and weights that have no effect on an output."""
+        graph = self.model.graph
+        used = {output.name for output in graph.output}
+        kept = []
+        for node in reversed(graph.node):  # a node comes after those whose results it reads
+            if not used.isdisjoint(node.output):
+                used.update(node.input)
+                kept.append(node)
+        self.weights = {name: weight for name, weight in self.weights.items() if name in used}
+        del graph.node[:]
+        graph.node.extend(reversed(kept))
 
     def write(
         self, folder: Path, progress: Progress, label: str, beside: "Mapping[str, ExternalWeightsGraph] | None" = None
@@ -206,14 +209,15 @@ def _fold(node: NodeProto, weights: dict[str, Weight], known: dict[str, np.ndarr
 
 
 @contextlib.contextmanager
-def without_weights(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
+def without_weights(module: torch.nn.Module, dtype: torch.dtype, for_bf16: bool = False) -> Iterator[dict[str, torch.Tensor]]:
     """Replaces the parameters of `module` with placeholders in `dtype` that take no memory; yields the real ones by name.
 
     Each placeholder is one number expanded to the parameter's shape. The numbers differ, so that no two parameters are merged.
     Buffers keep their values. Buffers that are not in checkpoints also keep their types: rotary frequencies in half precision
-    would be wrong by radians. Parts that the class requires in fp32 (T5's `wo`) stay in fp32.
+    would be wrong by radians. Parts that the class requires in fp32 (T5's `wo`) stay in fp32, except for bf16 (as in
+    transformers).
     """
-    fp32_parts = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    fp32_parts = () if for_bf16 else tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
     real: dict[str, torch.Tensor] = {}
     placeholders: dict[int, torch.nn.Parameter] = {}
     originals: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []

@@ -41,7 +41,7 @@ def _in_precision(module: Any, part: Part, example: Tensors, precision: Precisio
         return to_int8(trace(module, part, example))
     if precision == "int8":
         return trace(module, part, example)
-    graph = trace(module, part, example, torch.float16, fused_attention)
+    graph = trace(module, part, example, torch.float16, fused_attention, for_bf16=precision == "bf16")
     if precision == "bf16":
         from img2img_export.convert.bfloat16 import to_bfloat16
 

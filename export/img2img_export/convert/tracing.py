@@ -33,11 +33,17 @@ class _Flat(torch.nn.Module):
 
 
 def trace(
-    module: Any, part: Part, example: Tensors, dtype: torch.dtype = torch.float32, fused_attention: bool = False
+    module: Any,
+    part: Part,
+    example: Tensors,
+    dtype: torch.dtype = torch.float32,
+    fused_attention: bool = False,
+    for_bf16: bool = False,
 ) -> ExternalWeightsGraph:
     """The graph of `module` called with inputs like `example`, computing in `dtype` (fp32 or fp16).
 
-    With `fused_attention`, attention is ONNX Runtime's operator (fused_attention.py).
+    With `fused_attention`, attention is ONNX Runtime's operator (fused_attention.py). With `for_bf16`, the graph is to be
+    converted to bf16, so it also has those parts in fp16 whose class requires fp32 instead of fp16.
     Raises ExportError if torch cannot export it.
     """
     inputs = {name: convert(part, name, value, dtype) for name, value in example.items()}
@@ -47,7 +53,7 @@ def trace(
         with (
             warnings.catch_warnings(),
             torch.no_grad(),
-            without_weights(module, dtype) as weights,
+            without_weights(module, dtype, for_bf16) as weights,
             part.kind.patched(),
             fusing() if fused_attention else contextlib.nullcontext(),
         ):
