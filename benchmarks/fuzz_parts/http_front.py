@@ -86,10 +86,10 @@ class Transport(asyncio.Transport):
         self._closing = True
 
     def pause_reading(self) -> None:
-        """Nothing comes by itself."""
+        """Does nothing: the test sends all data."""
 
     def resume_reading(self) -> None:
-        """Nothing comes by itself."""
+        """Does nothing: the test sends all data."""
 
 
 class Transforms:
@@ -137,7 +137,7 @@ class Models:
         return pb.GetModelResponse(model=pb.Model(id=request.id))
 
 
-class _Room:
+class _Admission:
     """Replaces the engine: its queue is never full."""
 
     def reserve(self, client: str) -> contextlib.AbstractContextManager[None]:
@@ -160,7 +160,7 @@ def connection(stack: contextlib.ExitStack) -> Callable[[bytes], None]:
     loop = asyncio.new_event_loop()
     stack.callback(loop.close)
     config = ServerConfig(Path(SECRET), http_port=0, image_limits=ImageLimits(max_bytes=_MOST_BODY))
-    services: Any = Transforms(), Models(), None, _Room(), ImageMemory(2**24)
+    services: Any = Transforms(), Models(), None, _Admission(), ImageMemory(2**24)
 
     async def make() -> Callable[[], Connection]:
         telemetry = Telemetry(TelemetrySettings())

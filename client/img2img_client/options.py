@@ -3,14 +3,11 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, get_args
+from typing import Literal, TypeAlias, TypedDict, get_args
 
 from img2img.v1 import image_to_image_pb2 as messages
 
 from img2img_client.values import Asset, Control, ImageFormat, ImageInput, ImagePrompt, Level, ModelInfo, ModelReference
-
-if TYPE_CHECKING:
-    pass
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Maximum bytes of one request message."""

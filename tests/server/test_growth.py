@@ -86,7 +86,7 @@ LOADS = {
     "twenty models": Load(model=lambda number: f"m{number % 20}", client=lambda number: f"client {number % 50}"),
     "far deadlines": Load(patience=10_000.0, client=lambda number: f"client {number % 50}"),
 }
-PRESSING = Load(patience=20.0, client=lambda number: f"client {number % 50}")
+URGENT = Load(patience=20.0, client=lambda number: f"client {number % 50}")
 """The deadlines of a seventh become urgent 19.4 s after their arrival."""
 
 
@@ -102,7 +102,7 @@ class Filled:
         for name, pipeline in pipelines.items():
             self.engine.costs.adopt(name, WarmUp(16, 1.0, self.clock).measure(name, pipeline))
         self.tickets = [self.submit() for _ in range(count)]
-        if load is PRESSING:
+        if load is URGENT:
             self.clock.now += 19.6
         for _ in range(12):
             self.engine.step()
@@ -153,4 +153,4 @@ def test_work_per_step_does_not_grow_with_the_queue_length(load: Load, work: Cal
 @pytest.mark.parametrize("work", [Filled.step, Filled.submit_some, Filled.cancel], ids=lambda work: work.__name__)
 def test_work_per_step_does_not_grow_with_urgent_deadlines(work: Callable[[Filled], None]) -> None:
     """Time has passed, so updates are due for all requests. For 400 requests, sending them lasts through the counted steps."""
-    check(PRESSING, work, few_waiting=400)
+    check(URGENT, work, few_waiting=400)

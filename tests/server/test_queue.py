@@ -73,8 +73,8 @@ class Sorted:
 @settings(max_examples=150, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(1, 60), st.booleans())
 def test_queue_order_equals_a_full_sort(source: random.Random, count: int, deadlines: bool) -> None:
-    """Without usage, and with deadlines that press only for requests without a client: the queue keeps a client's line together
-    if a deadline of it no longer presses because of what is ahead."""
+    """Without usage, and with deadlines that are urgent only for requests without a client: the queue keeps a client's line
+    together if a deadline of it is no longer urgent because of the requests ahead."""
     now, it = 0.0, Sorted()
     for number in range(count):
         background = source.random() < 0.1
@@ -104,10 +104,10 @@ def test_urgent_deadlines_move_to_the_front_and_passed_ones_expire() -> None:
         it.add(make_job(number, 10 - number, deadline=deadline), 0.0)
     assert it.order(0.0) == [2, 1, 0]
     assert it.queue.expired(63.0) == []
-    assert it.order(63.0) == [2, 1, 0], "the shortest first; 4 x 9 s before 100 s the other presses"
+    assert it.order(63.0) == [2, 1, 0], "the shortest first; 4 x 9 s before 100 s the other becomes urgent"
     it.add(make_job(3, 1), 65.0)
     assert it.queue.expired(65.0) == []
-    assert it.order(65.0) == [2, 1, 3, 0], "both press, the earlier deadline first"
+    assert it.order(65.0) == [2, 1, 3, 0], "both are urgent, the earlier deadline first"
     assert [ticket.number for ticket in it.queue.expired(90.0)] == [2]
 
 

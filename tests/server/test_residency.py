@@ -488,6 +488,11 @@ async def test_graphs_that_calls_opened_count_in_the_models_memory(folder: Path)
         with it.store.growing("b", it.memory):
             control_of(it, "b", 0).opened_bytes = 100 * MB
         assert it.store.get("b").expected_memory == 200 * MB
+        pipeline = control_of(it, "b", 0)
+        pipeline.opened_bytes = 150 * MB
+        with it.store.growing("b", it.memory):
+            pass
+        assert it.store.get("b").expected_memory == 250 * MB, "the graph of 50 MB that was opened before still counts"
 
 
 async def test_control_graph_without_memory_for_it_is_refused(folder: Path) -> None:

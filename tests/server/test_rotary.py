@@ -34,7 +34,7 @@ def of_flux(positions: np.ndarray) -> torch.Tensor:
 
 
 def of_longcat(positions: np.ndarray) -> torch.Tensor:
-    """Of a text, a result and a source as its pipeline places them, whatever `positions` are."""
+    """The table of a text, a result and a source as its pipeline places them, whatever `positions` are."""
     (height, width), start = SIZES[0], (512, 512)
     text = prepare_pos_ids(0, "text", num_token=512)
     images = [prepare_pos_ids(kind, "image", start, height=height, width=width) for kind in (1, 2)]

@@ -9,7 +9,7 @@ used here mean the same as in opset 18. Operators without a bf16 kernel in the C
 GroupNorm, which torch exports as InstanceNormalization, would be slow that way, and the CUDA provider's kernel for it stops at
 opset 21: it becomes a LayerNormalization, whose sums are fp32.
 
-As in transformers and diffusers, bf16 differs from fp16 in two ways. Values are not clipped to the range of fp16 (T5, Flux): T5's
+bf16 differs from fp16 in two ways, as in transformers and diffusers. Values are not clipped to the range of fp16 (T5, Flux): T5's
 are greater. And T5's `wo` is not in fp32 (tracing.py): ONNX Runtime would fuse norms of values in fp32 with weights in bf16, for
 which the CUDA provider has no kernel. It fuses norms of bf16 values only after a single cast, so equal casts are one.
 """
@@ -62,7 +62,7 @@ def to_bfloat16(external: ExternalWeightsGraph) -> ExternalWeightsGraph:
         retype_tensor(tensor, TensorProto.FLOAT16, TensorProto.BFLOAT16)
     known = constants(result.model)
     makers = {name: node for node in graph.node for name in node.output}
-    unclipped = [_without_clip(node, makers, known) for node in graph.node]
+    unclipped = [_without_clip(node, makers, known, half) for node in graph.node]
     nodes = [new for node in unclipped for new in _group_norm(node, graph.node, known)]
     for node in nodes:
         retype_node(node, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -76,8 +76,8 @@ def to_bfloat16(external: ExternalWeightsGraph) -> ExternalWeightsGraph:
     return result
 
 
-def _without_clip(node: NodeProto, makers: dict[str, NodeProto], known: dict[str, np.ndarray]) -> NodeProto:
-    """An Identity in place of a Clip to the range of fp16."""
+def _without_clip(node: NodeProto, makers: dict[str, NodeProto], known: dict[str, np.ndarray], half: set[str]) -> NodeProto:
+    """An Identity in place of a Clip of a value in half precision to the range of fp16."""
 
     def is_bound(name: str) -> bool:
         if name in known:
@@ -86,13 +86,15 @@ def _without_clip(node: NodeProto, makers: dict[str, NodeProto], known: dict[str
         values = {"Cast": slice(1), "Neg": slice(1), "Where": slice(1, 3)}.get(kind or "")
         return not name or (values is not None and all(is_bound(value) for value in makers[name].input[values]))
 
-    if node.op_type != "Clip" or not all(is_bound(name) for name in node.input[1:]):
+    if node.op_type != "Clip" or node.output[0] not in half or not all(is_bound(name) for name in node.input[1:]):
         return node
     return helper.make_node("Identity", node.input[:1], node.output, node.name)
 
 
 def _with_single_casts(nodes: Sequence[NodeProto], outputs: Container[str]) -> list[NodeProto]:
     """The nodes without a Cast that repeats another one, unless its result is an output of the graph."""
+    if any(attribute.HasField("g") or attribute.graphs for node in nodes for attribute in node.attribute):
+        return list(nodes)  # a subgraph may read the result of any Cast
     first: dict[tuple[str, int], str] = {}
     same: dict[str, str] = {}
     kept = []

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from transformers import PreTrainedModel
 
 from img2img_export.progress import Progress
 
@@ -137,7 +138,7 @@ class ExternalWeightsGraph:
         kept = []
         for node in reversed(graph.node):  # a node comes after those whose results it reads
             if not used.isdisjoint(node.output):
-                used.update(node.input)
+                used.update(_read_by(node))
                 kept.append(node)
         self.weights = {name: weight for name, weight in self.weights.items() if name in used}
         del graph.node[:]
@@ -190,6 +191,16 @@ def constants(model: ModelProto) -> dict[str, np.ndarray]:
     return found
 
 
+def _read_by(node: NodeProto) -> Iterator[str]:
+    """The names that a node reads, also in its subgraphs."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            yield from (output.name for output in graph.output)
+            for inner in graph.node:
+                yield from _read_by(inner)
+
+
 def _fold(node: NodeProto, weights: dict[str, Weight], known: dict[str, np.ndarray]) -> Weight | None:
     """The weight that `node` produces from a weight, or None if the node is not foldable."""
     weight = weights.get(node.input[0]) if node.input else None
@@ -214,10 +225,13 @@ def without_weights(module: torch.nn.Module, dtype: torch.dtype, for_bf16: bool 
 
     Each placeholder is one number expanded to the parameter's shape. The numbers differ, so that no two parameters are merged.
     Buffers keep their values. Buffers that are not in checkpoints also keep their types: rotary frequencies in half precision
-    would be wrong by radians. Parts that the class requires in fp32 (T5's `wo`) stay in fp32, except for bf16 (as in
-    transformers).
+    would be wrong by radians. Parts that the class requires in fp32 stay in fp32. Some of transformers' classes
+    require it in place of fp16 only (T5's `wo`).
     """
-    fp32_parts = () if for_bf16 else tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    required = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    if not (for_bf16 and isinstance(module, PreTrainedModel)):
+        required.update(getattr(module, "_keep_in_fp32_modules", None) or ())
+    fp32_parts = tuple(required)
     real: dict[str, torch.Tensor] = {}
     placeholders: dict[int, torch.nn.Parameter] = {}
     originals: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []

@@ -1,4 +1,4 @@
-"""The transformers of Stable Diffusion 3, Flux, Chroma, FLUX.2, Qwen-Image and Z-Image as graphs of batched tokens.
+"""The transformers of Stable Diffusion 3, Flux, Chroma, FLUX.2, LongCat, Qwen-Image and Z-Image as graphs of batched tokens.
 
 Traced as they are, these classes become graphs of one size and one row, or none at all: they take positions without a batch axis,
 sizes as Python numbers, or lists, and turn them into rotary tables by complex numbers. Here their blocks are called in the order

@@ -42,8 +42,8 @@ def trace(
 ) -> ExternalWeightsGraph:
     """The graph of `module` called with inputs like `example`, computing in `dtype` (fp32 or fp16).
 
-    With `fused_attention`, attention is ONNX Runtime's operator (fused_attention.py). With `for_bf16`, the graph is to be
-    converted to bf16, so it also has those parts in fp16 whose class requires fp32 instead of fp16.
+    With `fused_attention`, attention is ONNX Runtime's operator (fused_attention.py). With `for_bf16`, the graph will be
+    converted to bf16: parts that transformers keeps in fp32 only for fp16 are traced in fp16, too.
     Raises ExportError if torch cannot export it.
     """
     inputs = {name: convert(part, name, value, dtype) for name, value in example.items()}

@@ -63,7 +63,7 @@ class ComponentConfig(dict[str, Any]):
         return ComponentConfig(content, self._path, f"{self._within}{name}.")
 
     def problem(self, name: str, text: str) -> BundleError:
-        """The error for a field with a wrong value, of which `text` says what is wrong."""
+        """The error for a field with a wrong value: `text` says what is wrong."""
         return _wrong(self._path, self._within + name, text)
 
 
@@ -137,7 +137,7 @@ class _Kind:
 
     @property
     def optional(self) -> "_Kind":
-        """Also null."""
+        """The same kind, or null."""
         return _Kind(f"{self.text} or null", lambda value: value is None or self.accepts(value))
 
     def listed(self, most: int = _MOST_LIST) -> "_Kind":
@@ -225,8 +225,8 @@ FIELDS: dict[str, _Kind] = {
     "use_attention_mask": _SWITCH.optional,
     "image_token_id": _whole(_MOST_SIZE, 0),
     "image_size": _SIDE,
-    "patch_size": _SIDE | _SIDE.listed(3),
-    "num_heads": _SIZE,
+    "patch_size": _SIDE | _SIDE.listed(_MOST_LEVELS),
+    "num_heads": _SIZE | _SIZE.listed(_MOST_LEVELS),
     "window_size": _SIDE,
     "rope_theta": _Kind("a number of at least 1", lambda value: _is_number(value) and value >= 1),
     "spatial_merge_size": _SIDE,

@@ -1,7 +1,8 @@
-"""Checks of a tokenizer's files: they may have words, and rules whose time and memory are proportional to the text. The library
-`tokenizers` runs all rules of a tokenizer.json. Some make a text a million times as long, or pad it to billions of tokens, and
-then the library ends the whole process when memory is short; and a regular expression can take exponential time. Standard library
-only.
+"""Checks a tokenizer's files: only words, and rules whose time and memory are proportional to the text, are allowed.
+
+The library `tokenizers` runs all rules of a tokenizer.json. Some make a text a million times as long, or pad it to billions of
+tokens, and then the library ends the whole process when memory is short; and a regular expression can take exponential time.
+Standard library only.
 """
 
 import base64

@@ -135,7 +135,7 @@ def _several(jobs: Sequence[Job]) -> bool:
 
 _PATIENCE = 8
 """Calls that may pass over a request before it leads one; four times as many while a deadline is urgent."""
-_URGENT = 4.0
+_MOST_WEIGHT = 4.0
 """The maximum weight of a delay for a request that is shorter than the joining one."""
 _MOST_STRETCHED = 1.5
 """The factor by which jobs of clients with more usage than the leader's may lengthen its call."""
@@ -302,4 +302,4 @@ def _delayed(lengths: Sequence[float], length: float) -> float:
 
     A far shorter one counts several times. It does not matter how much of each is done: a few milliseconds more are little to a
     long request that is nearly done."""
-    return sum(min(_URGENT, length / max(shorter, 1e-9) - 1.0) for shorter in lengths if shorter < length)
+    return sum(min(_MOST_WEIGHT, length / max(shorter, 1e-9) - 1.0) for shorter in lengths if shorter < length)

@@ -26,7 +26,7 @@ _LEAST_UPDATED, _MOST_UPDATED = 4, 32
 """The minimum and maximum of waiting requests that are forecast between two steps, in turn, if more than `_MOST_FORECAST` wait or
 are active."""
 _SECONDS_PER_UPDATE = 0.005
-"""Between these, one request is forecast for each such time since the step before."""
+"""Seconds since the previous step for each forecast request, within this minimum and maximum."""
 _SUMMED_CALLS = 8
 """Calls after which the sums over active requests, used for estimates, are computed again, and requests that could join a call
 are searched again if there were none."""

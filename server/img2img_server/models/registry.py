@@ -120,9 +120,9 @@ class Model:
     `bundle` is its folder. `engines` are its candidates and promoted engines. `loading` is set while it is loaded or exported.
     `memory` is its size in memory in bytes, now or when it was last loaded, 0 if unknown. `detail` says to callers what is being
     done, or why it is not ready. `slots` is the memory of its least slots for LoRAs when it was last loaded. `opened` is the
-    part of `memory` that graphs take which calls needed while it was measured. `estimates` is how
-    the server estimates models' memory. `control_kind` says which ControlNets fit, or of a ControlNet which models;
-    `prompt_kind` says which image adapters fit; `encoder_widths` are those of an image encoder.
+    memory of graphs that calls opened and that `memory` includes. `estimates` is how the server estimates models' memory.
+    `control_kind` says which ControlNets fit, or of a ControlNet which models; `prompt_kind` says which image adapters fit;
+    `encoder_widths` are those of an image encoder.
     """
 
     id: str
@@ -357,12 +357,13 @@ class ModelRegistry:
         """Adds the growth of memory within the block, which loads so many bytes of `weights`, to the memory of the ready model
         `name`."""
         meter, model = meter or ProcessMeter(), self._models[name]
-        before = meter.read()
+        before, known = meter.read(), opened_later(model.pipeline)
         yield
         if model.pipeline is not None and model.memory:
             grown = before.grown_to(meter.read(), model.pipeline.engine)
             more = measured(grown, weights, session_bytes(weights)) if weights else max(0, grown or 0)
-            self.change(name, memory=model.memory + more, opened=opened_later(model.pipeline))
+            opened = model.opened + opened_later(model.pipeline) - known
+            self.change(name, memory=model.memory + more, opened=opened)
 
     def preload(self, settings: ModelSettings, meter: Meter | None = None) -> None:
         """Loads the models in `settings.preload` that fit into memory. A model that fails is listed with its problem. Raises

@@ -1,12 +1,12 @@
 """CLIP's image encoder in memory: a companion (companions.py), which reads the images of image prompts."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from img2img_server.bundle.component_config import ComponentConfig
 from img2img_server.bundle.image_encoders import EMBEDS, PIXELS, STATES, widths_of
 from img2img_server.errors import BundleError
 from img2img_server.images.sizes import centered_square
@@ -29,7 +29,7 @@ class ImageEncoder(Companion):
     def __init__(
         self,
         graph: Graph,
-        config: Mapping[str, Any],
+        config: ComponentConfig,
         digest: str,
         engine: str,
         device: str,
@@ -38,7 +38,7 @@ class ImageEncoder(Companion):
         super().__init__(graph, engine, device, companions)
         self.digest = digest
         if not isinstance(config["patch_size"], int):
-            raise TypeError(f"'patch_size' is {config['patch_size']}, not a whole number")
+            raise config.problem("patch_size", f"is {config['patch_size']}, not a whole number")
         self.side = int(config["image_size"])
         self.native_size = (self.side, self.side)
         self.size_multiple = self.side

@@ -32,8 +32,8 @@ ScopedImage = tuple[str, Image.Image, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The embedding of a text: `hidden_states` [1, T, D] and, for SDXL, SD 3 and Flux, `pooled` [1, P]. Chroma has there the
-    mask [1, T] of the text's tokens."""
+    """The embedding of a text: `hidden_states` [1, T, D] and, for SDXL, SD 3 and Flux, `pooled` [1, P]. For Chroma, `pooled` is
+    the mask [1, T] of the text's tokens."""
 
     hidden_states: torch.Tensor
     pooled: torch.Tensor | None

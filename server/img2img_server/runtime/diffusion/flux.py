@@ -29,7 +29,10 @@ _IDS = ("txt_ids", "img_ids")
 
 
 class AnyFlux(TokenPipeline):
-    """The common base of Flux and Kontext."""
+    """The common base of Flux, Kontext, Chroma and LongCat-Image-Edit."""
+
+    def _is_guided(self, request: Request) -> bool:
+        return request.guidance_scale > 1
 
     def _encode_texts(self, texts: list[str]) -> list[Embedding]:
         hidden_states, pooled, _ = self._pipe.encode_prompt(texts, None, self._pipe._execution_device)

@@ -26,7 +26,7 @@ _INPUT = "inpainting"
 
 
 class InpaintingModel(SteppedPipeline):
-    """The common part of their families. Requests of the server itself, which have no mask, get the default one."""
+    """The common base of inpainting models. The server's own requests, which have no mask, get the default one."""
 
     mask_use: MaskUse = "required"
     takes_controls = False

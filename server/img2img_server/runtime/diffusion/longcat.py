@@ -12,36 +12,27 @@ from img2img_server.runtime.common.rotary import Size
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.flux import AnyFlux
 from img2img_server.runtime.diffusion.state import DiffusionState
-from img2img_server.runtime.lora.adapters import Choice
+from img2img_server.runtime.diffusion.tokens import SeeingPipeline
 from img2img_server.runtime.schedulers.flow import EditSchedulers
 
 
-class LongCatImageEdit(AnyFlux):
-    """The transformer sees the source as large as the result, and the text encoder at half its sides."""
+class LongCatImageEdit(SeeingPipeline, AnyFlux):
+    """The transformer sees the source at the result's size, and the text encoder at half its width and height."""
 
     edits = True
     scheduler_cache = EditSchedulers
 
     def plan(self, request: Request) -> Plan:
-        """As of every family, of an image of the model's own size."""
+        """The plan of a request for an image of the model's own size."""
         return super().plan(self._sized(request))
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[DiffusionState]:
-        """As of every family, of images of the model's own sizes."""
+        """Prepares requests for images of the model's own sizes."""
         return super().prepare([self._sized(request) for request in requests])
 
     def _sized(self, request: Request) -> Request:
         """The request for an image of the size that the model makes of the source. The server's own requests do not set it."""
         return replace(request, size=self.source_rule.own_size(request.image.size))
-
-    def _is_guided(self, request: Request) -> bool:
-        return request.guidance_scale > 1
-
-    def _embed(self, requests: Sequence[Request], choices: Sequence[Choice | None]) -> list[dict[str, Embedding]]:
-        return [
-            {text: self._encoder.seen(request, text, lambda: self._see(request, text)) for text in self._texts(request)}  # noqa: B023
-            for request in requests
-        ]
 
     def _see(self, request: Request, text: str) -> Embedding:
         (width, height), processor = request.result_size, self._pipe.image_processor

@@ -10,8 +10,7 @@ from PIL import Image
 from img2img_server.engine.request import Request
 from img2img_server.runtime.diffusion.conditioning import Embedding
 from img2img_server.runtime.diffusion.state import DiffusionState, Noise
-from img2img_server.runtime.diffusion.tokens import TrulyGuidedPipeline
-from img2img_server.runtime.lora.adapters import Choice
+from img2img_server.runtime.diffusion.tokens import SeeingPipeline, TrulyGuidedPipeline
 from img2img_server.runtime.schedulers.flow import EditSchedulers, FluxSchedulers
 from img2img_server.support.source_rule import MaskUse
 
@@ -56,18 +55,12 @@ class QwenImage(TrulyGuidedPipeline):
         return torch.as_tensor(vae.decode(frames, return_dict=False)[0][:, :, 0])
 
 
-class QwenImageEdit(QwenImage):
+class QwenImageEdit(SeeingPipeline, QwenImage):
     """The text encoder sees the source, too: at about a million pixels, as the transformer does."""
 
     edits = True
     scheduler_cache = EditSchedulers
     inpainting = "QwenImageEditInpaintPipeline"
-
-    def _embed(self, requests: Sequence[Request], choices: Sequence[Choice | None]) -> list[dict[str, Embedding]]:
-        return [
-            {text: self._encoder.seen(request, text, lambda: self._see(request, text)) for text in self._texts(request)}  # noqa: B023
-            for request in requests
-        ]
 
     def _see(self, request: Request, text: str) -> Embedding:
         (found,) = self._cut(*self._pipe.encode_prompt(text, self._prompt_image(request), self._pipe._execution_device))

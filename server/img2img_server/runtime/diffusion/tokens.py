@@ -22,6 +22,7 @@ from img2img_server.runtime.common.sources import check_sources, check_texts
 from img2img_server.runtime.diffusion.conditioning import Embedding, Encoded
 from img2img_server.runtime.diffusion.state import Conditioning, DiffusionState
 from img2img_server.runtime.diffusion.stepped import SteppedPipeline
+from img2img_server.runtime.lora.adapters import Choice
 from img2img_server.runtime.onnx.token_graphs import TokenGraph, join, patches, unpatched
 
 _T = TypeVar("_T")
@@ -210,6 +211,20 @@ class PatchedPipeline(TokenPipeline):
         width, height = (side // self._pipe.vae_scale_factor for side in request.result_size)
         shape = (latents.shape[1] // 4, 1, height, width)
         return torch.cat([unpatched(tokens.T, shape).transpose(0, 1) for tokens in latents[..., 0]])
+
+
+class SeeingPipeline(TokenPipeline):
+    """A class whose text encoder also sees the request's images."""
+
+    def _embed(self, requests: Sequence[Request], choices: Sequence[Choice | None]) -> list[dict[str, Embedding]]:
+        return [
+            {text: self._encoder.seen(request, text, lambda: self._see(request, text)) for text in self._texts(request)}  # noqa: B023
+            for request in requests
+        ]
+
+    def _see(self, request: Request, text: str) -> Embedding:
+        """The embedding of a text and the request's images."""
+        raise NotImplementedError
 
 
 class TrulyGuidedPipeline(TokenPipeline):

@@ -68,7 +68,7 @@ class TokenGraph:
 
     def _tables_of(self, *positions: Positions) -> Tensors:
         """The rotary tables of a row whose text's and image's tokens are at these positions, [1, tokens, 2, head / 2]. Kept:
-        diffusers' own loops (Flux Fill) pass the same positions at every step."""
+        diffusers' own loops (opaque pipelines) pass the same positions at every step."""
         key = tuple((part.shape, part.dtype.str, part.tobytes()) for part in positions)
         found = self._tables.get(key)
         if found is None:
@@ -193,7 +193,9 @@ class SD3Tokens(TokenGraph):
         self._most = int(config["pos_embed_max_size"])
 
     def check(self, config: ComponentConfig, widths: Mapping[str, int]) -> None:
-        """Nothing: the table is in the graph."""
+        """Checks the size of patches."""
+        if (patch := config.get("patch_size", 2)) != 2:
+            raise config.problem("patch_size", f"is {patch}, and the graph's patches are of 2 by 2 latents")
 
     def inputs(self, call: Mapping[str, Any]) -> Tensors:
         """Also `pooled_projections` [B, P]. The latents of a call have one size."""

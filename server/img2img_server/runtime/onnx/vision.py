@@ -62,8 +62,9 @@ class OnnxSeeingTextEncoder(OnnxTextEncoder):
         patch, numbers, half = vision["patch_size"], tower.widths["pixel_values"], tower.widths["rotary"]
         if not isinstance(patch, int) or numbers % patch**2:
             raise vision.problem("patch_size", f"is {patch}, and the graph's patches have {numbers} numbers")
-        if vision["hidden_size"] // vision["num_heads"] // 2 != half:
-            text = f"is {vision['hidden_size']} and 'num_heads' is {vision['num_heads']}"
+        heads = vision["num_heads"]
+        if not isinstance(heads, int) or vision["hidden_size"] // heads // 2 != half:
+            text = f"is {vision['hidden_size']} and 'num_heads' is {heads}"
             raise vision.problem("hidden_size", f"{text}, but the graph's heads have {2 * half} channels")
         if window_side(vision) ** 2 != tower.widths["windows"]:
             text = f"is {vision['window_size']} and 'spatial_merge_size' is {vision['spatial_merge_size']}"
