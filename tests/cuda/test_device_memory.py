@@ -283,7 +283,7 @@ async def test_memory_budget_is_the_gpus_memory(folder: Path, gpu: FakeGpu, capl
 async def test_load_that_runs_out_of_memory_evicts_other_models(
     folder: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Although the estimate fitted. The CPU is no fallback."""
+    """The estimate fits, and the load fails. The model is not loaded on the CPU instead."""
     monkeypatch.setattr("img2img_server.models.memory._FACTOR", 0.0)
     monkeypatch.setattr("img2img_server.models.memory._FIXED", 1)
     async with rig(folder) as it:

@@ -248,12 +248,12 @@ def test_language_model_is_counted_up_to_the_state_that_is_read(name: str, tiny_
     """As the export made it: without the layers after that state, without logits, and with the vision tower if it sees images."""
     options = ExportOptions(source=str(tiny_model(name)), output=Path("out"))
     checkpoint, contents = survey(options, Progress())
-    told = parts(forecast(checkpoint, options, models.plan(checkpoint.layout, "auto"), contents))["text_encoder"]
+    expected = parts(forecast(checkpoint, options, models.plan(checkpoint.layout, "auto"), contents))["text_encoder"]
     made = sum(_weights_in(path) for path in bundle(name).glob("text_encoder*/model.onnx"))
-    assert made == pytest.approx(told.bytes, rel=0.03)
+    assert made == pytest.approx(expected.bytes, rel=0.03)
     whole = sum(math.prod(item.shape) for path, header in contents.headers.items() if path.startswith("text_encoder/")
                 for item in header.values())  # fmt: skip
-    assert told.bytes < 4 * whole
+    assert expected.bytes < 4 * whole
 
 
 def test_plain_report_is_readable_lines(model: Path) -> None:

@@ -89,11 +89,11 @@ def test_kill_at_any_moment_leaves_no_bundle_after_cleanup(
         assert [path.name for path in folder.iterdir()] == ["whole"], f"killed at moment {moment} of {told}"
 
 
-def run_command(words: list[str], told: Path) -> None:
-    """The command as on a terminal, with its output written to the pipe `told`."""
+def run_command(words: list[str], output: Path) -> None:
+    """Runs the command as on a terminal, and writes its output to the pipe `output`."""
     # A shell's background jobs, perhaps this test, ignore this signal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.dup2(os.open(told, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(output, os.O_WRONLY), sys.stdout.fileno())
     with cut_short():
         sys.exit(main(words))
 
@@ -102,12 +102,12 @@ def run_command(words: list[str], told: Path) -> None:
 def test_signal_ends_the_export_and_removes_its_files(
     number: int, libraries: ForkServerContext, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    told, folder = tmp_path / "told", tmp_path / "bundles"
-    os.mkfifo(told)
+    output, folder = tmp_path / "output.pipe", tmp_path / "bundles"
+    os.mkfifo(output)
     words = ["export", str(tiny_model("sd1")), "--output", str(folder / "out"), "--json"]
-    process = libraries.Process(target=run_command, args=(words, told))
+    process = libraries.Process(target=run_command, args=(words, output))
     process.start()
-    with told.open() as lines:
+    with output.open() as lines:
         for line in lines:
             if "tracing" in json.loads(line).get("text", ""):
                 assert process.pid is not None

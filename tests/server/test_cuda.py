@@ -157,7 +157,7 @@ class FarRunner:
 
 
 class Transfers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts copies from the host to the device, and records those that wait for all of the device's work."""
+    """Counts copies from the host to the device, and records each copy that waits for all work of the device."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -215,7 +215,7 @@ def test_a_full_queue_refuses_a_request_of_a_stream(tmp_path: Path) -> None:
 
 
 def test_each_stream_request_counts_against_the_tokens_limits(tmp_path: Path) -> None:
-    """The stream itself is no request: one call in progress is one request in progress."""
+    """Each call in a stream counts as one request. The stream does not count as another one."""
     path = tmp_path / "tokens.toml"
     secrets = {
         "one at a time": grant(path, "alice", concurrency=1),

@@ -63,7 +63,7 @@ def to_bfloat16(external: ExternalWeightsGraph) -> ExternalWeightsGraph:
     known = constants(result.model)
     makers = {name: node for node in graph.node for name in node.output}
     unclipped = [_without_clip(node, makers, known, half) for node in graph.node]
-    nodes = [new for node in unclipped for new in _group_norm(node, graph.node, known)]
+    nodes = [new for node in unclipped for new in _group_norm(node, makers, known)]
     for node in nodes:
         retype_node(node, TensorProto.FLOAT16, TensorProto.BFLOAT16)
     nodes = [new for node in nodes for new in _island(node, half)]
@@ -110,11 +110,11 @@ def _with_single_casts(nodes: Sequence[NodeProto], outputs: Container[str]) -> l
     return kept
 
 
-def _group_norm(node: NodeProto, nodes: Sequence[NodeProto], known: dict[str, np.ndarray]) -> list[NodeProto]:
+def _group_norm(node: NodeProto, makers: dict[str, NodeProto], known: dict[str, np.ndarray]) -> list[NodeProto]:
     """Rewrites the InstanceNormalization of a GroupNorm ([B, groups, rest], scale 1, no bias) as a LayerNormalization."""
     if node.op_type != "InstanceNormalization" or not all(name in known for name in node.input[1:]):
         return [node]
-    before = next((other for other in nodes if node.input[0] in other.output), None)
+    before = makers.get(node.input[0])
     shape = known.get(before.input[1]) if before is not None and before.op_type == "Reshape" else None
     if shape is None or len(shape) != 3 or (known[node.input[1]] != 1).any() or known[node.input[2]].any():
         return [node]

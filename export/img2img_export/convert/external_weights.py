@@ -225,8 +225,8 @@ def without_weights(module: torch.nn.Module, dtype: torch.dtype, for_bf16: bool 
 
     Each placeholder is one number expanded to the parameter's shape. The numbers differ, so that no two parameters are merged.
     Buffers keep their values. Buffers that are not in checkpoints also keep their types: rotary frequencies in half precision
-    would be wrong by radians. Parts that the class requires in fp32 stay in fp32. Some of transformers' classes
-    require it in place of fp16 only (T5's `wo`).
+    would be wrong by radians. Parts that the class requires in fp32 stay in fp32. Some classes of transformers
+    require it only instead of fp16 (T5's `wo`).
     """
     required = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     if not (for_bf16 and isinstance(module, PreTrainedModel)):

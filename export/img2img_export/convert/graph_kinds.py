@@ -91,25 +91,6 @@ def _embed_time(self: Any, timestep: torch.Tensor) -> torch.Tensor:
     return torch.cat([embedded, modulations], dim=-1)
 
 
-def _without_rounding(kind: Any, name: str) -> Callable[..., Any]:
-    """The `forward` of a transformer's class, whose part `name` embeds timesteps, with those of the numbers themselves: diffusers
-    rounds them to the weights' type before it takes their sines, which are then of angles up to 2 radians off."""
-    rounding = kind.forward
-
-    def forward(model: Any, **inputs: Any) -> Any:
-        exact, embedding = inputs["timestep"].float() * 1000, getattr(model, name)
-        embed = embedding.forward
-
-        def embed_exact(rounded: torch.Tensor, *others: Any) -> torch.Tensor:
-            embedded: torch.Tensor = embed(exact, *others)
-            return embedded.to(rounded.dtype)
-
-        with patch.object(embedding, "forward", embed_exact):
-            return rounding(model, **inputs)
-
-    return forward
-
-
 class GraphKind(ExporterConfig):  # type: ignore[misc]
     """The kind of graph for a module with the configuration `config`."""
 
@@ -124,8 +105,6 @@ class GraphKind(ExporterConfig):  # type: ignore[misc]
         (masking_utils, "padding_mask_function", _padding),
     )
     """Functions that cannot be traced: their module, their name, and a traceable replacement."""
-    ROUNDING: tuple[tuple[Any, str], ...] = ((transformer_chroma.ChromaTransformer2DModel, "time_text_embed"),)
-    """Transformers that round timesteps to the type of their weights, and the names of their parts that embed them."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config, task="feature-extraction")
@@ -136,8 +115,6 @@ class GraphKind(ExporterConfig):  # type: ignore[misc]
         with contextlib.ExitStack() as stack:
             for owner, name, traceable in self.PATCHES:
                 stack.enter_context(patch.object(owner, name, traceable))
-            for owner, name in self.ROUNDING:
-                stack.enter_context(patch.object(owner, "forward", _without_rounding(owner, name)))
             yield
 
 

@@ -317,9 +317,14 @@ def flux_arguments(model: Any, inputs: Tensors) -> Iterator[dict[str, Any]]:
     if getattr(model, "union", False):  # its kind of image is a token before the text
         where = _Where(*(torch.cat([table[:, :1], table], 1) for table in (where.cos, where.sin)))
     exact = [inputs["timestep"] * 1000, *([] if guidance is None else [guidance * 1000])]
+
+    def embed_exactly(*rounded: Any) -> torch.Tensor:
+        embedded: torch.Tensor = embed(*exact, *rounded[len(exact) :])
+        return embedded.to(rounded[0].dtype)
+
     with (
         patch.object(model.pos_embed, "forward", lambda _: where),
-        patch.object(embedding, "forward", lambda *rounded: embed(*exact, *rounded[len(exact) :])),
+        patch.object(embedding, "forward", embed_exactly),
         _processors(model.transformer_blocks, _Joint()),
         _processors(model.single_transformer_blocks, _Single()),
     ):

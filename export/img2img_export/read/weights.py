@@ -77,8 +77,8 @@ class Contents:
 
 @dataclass(frozen=True, slots=True)
 class InGraph:
-    """What the graph of a language model has: the layers up to the hidden state `last` (-1: the last that there is), and if it
-    `sees` images the vision tower."""
+    """The part of a language model in its graph: the layers up to the hidden state `last` (-1: up to the last state), and the
+    vision tower if it `sees` images."""
 
     last: int
     sees: bool
@@ -124,8 +124,8 @@ def is_graph(name: str) -> bool:
 def weigh(
     contents: Contents, components: Sequence[str], alone: bool = False, in_graph: Mapping[str, InGraph] | None = None
 ) -> dict[str, Weights]:
-    """The weights of each component: the files in its folder, or a single file's tensors by name; with `alone`, all are those of
-    the only component. Of the components in `in_graph` only those that their graph has."""
+    """The weights of each component: the files in its folder, or a single file's tensors by name. With `alone`, all weights
+    belong to the only component. A component in `in_graph` has only the weights of its graph."""
     found: dict[str, list[Tensor]] = {}
     layers = {name: 1 + max(map(_layer, names), default=-1) for name, names in _names(contents, components).items()}
     for path, header in contents.headers.items():

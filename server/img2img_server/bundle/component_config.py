@@ -70,13 +70,18 @@ class ComponentConfig(dict[str, Any]):
 def read_config(folder: Path) -> ComponentConfig:
     """The configuration of the component in `folder`. Raises BundleError if it is damaged."""
     path = folder / CONFIG_NAME
+    return ComponentConfig(read_object(path), path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a bundle. Raises BundleError."""
     try:
         content = read_json(path)
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read: {error}: {_ADVICE}") from error
     if not isinstance(content, dict):
         raise BundleError(f"{path} is not a JSON object: {_ADVICE}")
-    return ComponentConfig(content, path)
+    return content
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class Roster:
         """The time of each replica's last response to a poll, and the response, by the replica's name."""
         self.models = ModelRegistry(())
         self.loads: tuple[Load, ...] = ()
-        """The loads of all replicas except lost ones: of those that responded to the last poll, and of slow ones."""
+        """The loads of the replicas that responded to the last poll, and of slow replicas. Lost replicas have no load here."""
         self.polled = clock()
         """The time of the last poll that a replica responded to."""
 

@@ -48,6 +48,6 @@ class OwnControl:
         return 1.0
 
     def of(self, request: Request, device: Any) -> tuple[()]:
-        """Checks the request. There is no ControlNet to call. Raises InvalidField."""
+        """Checks the request, and returns no ControlNets to call. Raises InvalidField."""
         self.check(request)
         return ()

@@ -12,7 +12,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from img2img_server.bundle.files import DAMAGED, read_json
+from img2img_server.bundle.component_config import read_object
+from img2img_server.bundle.files import DAMAGED
 from img2img_server.bundle.manifest import FUSED_ATTENTION, Component, Manifest, WeightFormat
 from img2img_server.errors import BundleError
 from img2img_server.runtime.common import clip_tokenizer
@@ -249,14 +250,7 @@ class _NoLogits(torch.nn.Module):
 
 def read_index(bundle: Path) -> dict[str, Any]:
     """The content of the bundle's model_index.json. Raises BundleError."""
-    path = bundle / "model_index.json"
-    try:
-        index = read_json(path)
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
-    if not isinstance(index, dict):
-        raise BundleError(f"{path} is not a JSON object: export the bundle again")
-    return index
+    return read_object(bundle / "model_index.json")
 
 
 def pipeline_class(manifest: Manifest) -> Any:
